@@ -1,4 +1,4 @@
-"""Tiny random models of every family: 2 layers, d=32, 4 heads, vocab 97, every weight and bias large enough to matter."""
+"""Tiny random models of every family: 2 layers, d=32, 4 heads, vocab 97, weights large enough to matter."""
 
 from __future__ import annotations
 
@@ -44,37 +44,31 @@ class Family:
 
 
 def _llama_like(**more: Any) -> dict[str, Any]:
-    return (
-        dict(
-            hidden_size=HIDDEN,
-            intermediate_size=48,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=2,
-            max_position_embeddings=POSITIONS,
-            attention_dropout=0.0,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        | more
-    )
+    return {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": POSITIONS,
+        "attention_dropout": 0.0,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | more
 
 
 def _bert_like(**more: Any) -> dict[str, Any]:
-    return (
-        dict(
-            hidden_size=HIDDEN,
-            intermediate_size=48,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            max_position_embeddings=POSITIONS,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            pad_token_id=0,
-        )
-        | more
-    )
+    return {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": POSITIONS,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "pad_token_id": 0,
+    } | more
 
 
 _HEAD_DIM = HIDDEN // HEADS
@@ -82,7 +76,7 @@ _GEMMA2 = _llama_like(
     head_dim=_HEAD_DIM, sliding_window=4, query_pre_attn_scalar=_HEAD_DIM, attn_logit_softcapping=2.0,
     final_logit_softcapping=5.0, layer_types=["sliding_attention", "full_attention"],
 )  # fmt: skip
-_NO_DROPOUT = dict(dropout=0.0, attention_dropout=0.0, activation_dropout=0.0)
+_NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
 
 FAMILIES: Mapping[str, Family] = MappingProxyType({
     "llama": Family(hf.LlamaConfig, "causal", gqa=True, sizes=_llama_like()),
@@ -91,34 +85,39 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
     "gemma": Family(hf.Gemma2Config, "causal", gqa=True, sizes=_GEMMA2),
     "phi3": Family(hf.Phi3Config, "causal", fused=True, gqa=True, sizes=_llama_like(
         resid_pdrop=0.0, embd_pdrop=0.0, original_max_position_embeddings=POSITIONS)),
-    "gpt2": Family(hf.GPT2Config, "causal", fused=True, biased=True, sizes=dict(
-        n_embd=HIDDEN, n_inner=48, n_layer=LAYERS, n_head=HEADS, n_positions=POSITIONS,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=1, eos_token_id=2, pad_token_id=0)),
+    "gpt2": Family(hf.GPT2Config, "causal", fused=True, biased=True, sizes={
+        "n_embd": HIDDEN, "n_inner": 48, "n_layer": LAYERS, "n_head": HEADS, "n_positions": POSITIONS,
+        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}),
     "neox": Family(hf.GPTNeoXConfig, "causal", fused=True, biased=True, sizes=_bert_like(
         attention_dropout=0.0, hidden_dropout=0.0, bos_token_id=1, eos_token_id=2)),
-    "opt": Family(hf.OPTConfig, "causal", biased=True, sizes=dict(
-        hidden_size=HIDDEN, ffn_dim=48, num_hidden_layers=LAYERS, num_attention_heads=HEADS, word_embed_proj_dim=HIDDEN,
-        max_position_embeddings=POSITIONS, pad_token_id=1, bos_token_id=2, eos_token_id=2) | _NO_DROPOUT),
+    "opt": Family(hf.OPTConfig, "causal", biased=True, sizes={
+        "hidden_size": HIDDEN, "ffn_dim": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "word_embed_proj_dim": HIDDEN,
+        "max_position_embeddings": POSITIONS, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2} | _NO_DROPOUT),
     "bert": Family(hf.BertConfig, "masked", biased=True, sizes=_bert_like()),
     "roberta": Family(hf.RobertaConfig, "masked", biased=True, sizes=_bert_like(
         pad_token_id=1, bos_token_id=0, eos_token_id=2)),
-    "distilbert": Family(hf.DistilBertConfig, "masked", biased=True, sizes=dict(
-        dim=HIDDEN, hidden_dim=48, n_layers=LAYERS, n_heads=HEADS, max_position_embeddings=POSITIONS, pad_token_id=0,
-        dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0)),
+    "distilbert": Family(hf.DistilBertConfig, "masked", biased=True, sizes={
+        "dim": HIDDEN, "hidden_dim": 48, "n_layers": LAYERS, "n_heads": HEADS, "max_position_embeddings": POSITIONS,
+        "pad_token_id": 0, "dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}),
     "electra": Family(hf.ElectraConfig, "masked", biased=True, sizes=_bert_like(embedding_size=HIDDEN)),
-    "modernbert": Family(hf.ModernBertConfig, "masked", sizes=dict(
-        hidden_size=HIDDEN, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
-        max_position_embeddings=POSITIONS, local_attention=4, layer_types=["full_attention", "sliding_attention"],
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2), fused=True),
-    "t5": Family(hf.T5Config, "seq2seq", sizes=dict(
-        d_model=HIDDEN, d_kv=_HEAD_DIM, d_ff=48, num_layers=LAYERS, num_decoder_layers=LAYERS, num_heads=HEADS,
-        dropout_rate=0.0, classifier_dropout=0.0, relative_attention_num_buckets=8, relative_attention_max_distance=16,
-        pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)),
-    "bart": Family(hf.BartConfig, "seq2seq", biased=True, sizes=dict(
-        d_model=HIDDEN, encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_layers=LAYERS, decoder_layers=LAYERS,
-        encoder_attention_heads=HEADS, decoder_attention_heads=HEADS, max_position_embeddings=POSITIONS,
-        classifier_dropout=0.0, pad_token_id=1, bos_token_id=0, eos_token_id=2, decoder_start_token_id=2,
-        forced_eos_token_id=None) | _NO_DROPOUT),
+    "modernbert": Family(hf.ModernBertConfig, "masked", sizes={
+        "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "max_position_embeddings": POSITIONS, "local_attention": 4,
+        "layer_types": ["full_attention", "sliding_attention"],
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}, fused=True),
+    "t5": Family(hf.T5Config, "seq2seq", sizes={
+        "d_model": HIDDEN, "d_kv": _HEAD_DIM, "d_ff": 48, "num_layers": LAYERS, "num_decoder_layers": LAYERS,
+        "num_heads": HEADS, "dropout_rate": 0.0, "classifier_dropout": 0.0,
+        "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16,
+        "pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}),
+    "bart": Family(hf.BartConfig, "seq2seq", biased=True, sizes={
+        "d_model": HIDDEN, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": LAYERS,
+        "decoder_layers": LAYERS, "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS,
+        "max_position_embeddings": POSITIONS,
+        "classifier_dropout": 0.0, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 2,
+        "forced_eos_token_id": None} | _NO_DROPOUT),
 })  # fmt: skip
 
 

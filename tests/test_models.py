@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import FAMILIES, inputs, tiny
+from models import FAMILIES, inputs, tiny
 
 # family: (parameters of the language model, class of the classifier)
 SIZES = {
