@@ -1,0 +1,1 @@
+"""Measure a model: metrics with intervals, generation, the best untuned prompt, what was forgotten."""
