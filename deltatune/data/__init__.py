@@ -1,0 +1,1 @@
+"""Where rows come from, what they mean, how they become tensors: sources -> formats -> encode -> batch."""

@@ -1,0 +1,61 @@
+"""The house's own form of a row: turns, a pair, a text, or a labelled text; and where in which file it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Label = str | int | float | tuple | None
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message. `learn` None: supervised when the assistant says it. `extra`: tool_calls, name, reasoning."""
+
+    role: str
+    content: str
+    learn: bool | None = None
+    extra: Mapping[str, Any] | None = None
+
+    @property
+    def learned(self) -> bool:
+        return self.role == "assistant" if self.learn is None else self.learn
+
+    def message(self) -> dict[str, Any]:
+        """What a chat template takes."""
+        return {"role": self.role, "content": self.content, **(self.extra or {})}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row. `extra` keeps what later objectives read: chosen, rejected, desirable, completions, id."""
+
+    where: str
+    turns: tuple[Turn, ...] = ()
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: Label = None
+    tools: tuple | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """preference | unpaired | stepwise | classification | chat | pair | prompt | text."""
+        for key, kind in (("chosen", "preference"), ("desirable", "unpaired"), ("completions", "stepwise")):
+            if key in self.extra:
+                return kind
+        if self.label is not None:
+            return "classification"
+        if self.turns:
+            return "chat" if any(turn.role == "assistant" for turn in self.turns) else "prompt"
+        if self.prompt is not None:
+            return "pair" if self.completion is not None else "prompt"
+        return "text"
+
+    @property
+    def learns(self) -> bool:
+        """Whether a supervised objective finds a target here."""
+        return any(turn.learned for turn in self.turns) if self.turns else True

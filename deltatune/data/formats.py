@@ -1,0 +1,395 @@
+"""Row -> Example: the formats people have, told apart by their columns. One table, one small function a format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .example import Example, Label, Turn
+from .fields import Faults, conversation, label, messages, text, unpacked, what
+from .problems import BadRow, Problems, nearest, short
+from .readers import Row
+from .sources import read
+
+__all__ = ["FORMATS", "Example", "Label", "Turn", "convert", "examples", "load", "sniff"]
+
+MAX_TEXT = 64_000_000
+PAIRS = (
+    ("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("question", "passage"), ("question", "sentence"), ("text1", "text2"),
+)  # fmt: skip
+SINGLE = ("text", "sentence", "review", "content")
+LABELS = ("label", "labels")
+SIDE = ("id", "idx", "source", "weight")  # columns that travel along without a note
+
+
+@dataclass(frozen=True)
+class Format:
+    """Columns that must be there (each group: one of them), columns that may be, and how a row becomes an Example."""
+
+    needs: tuple[tuple[str, ...], ...]
+    may: tuple[str, ...]
+    convert: Callable[[Mapping[str, Any], Faults], Example]
+
+    def missing(self, columns: Iterable[str]) -> list[str]:
+        found = set(columns)
+        return ["|".join(group) for group in self.needs if not found & set(group)]
+
+    @property
+    def columns(self) -> set[str]:
+        return {name for group in self.needs for name in group} | set(self.may)
+
+
+def first(value: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first of the names that the row has."""
+    return next((name for name in names if name in value), names[0])
+
+
+def _messages(value: Mapping[str, Any], faults: Faults) -> Example:
+    name = first(value, ("messages", "conversation"))
+    return _chat(value, messages(value[name], name, faults), name, faults)
+
+
+def _sharegpt(value: Mapping[str, Any], faults: Faults) -> Example:
+    name = first(value, ("conversations", "conversation"))
+    turns = conversation(value[name], name, faults)
+    if value.get("system"):
+        turns = (Turn("system", text(value["system"], "system", faults)), *turns)
+    return _chat(value, turns, name, faults)
+
+
+def _chat(value: Mapping[str, Any], turns: tuple[Turn, ...], field: str, faults: Faults) -> Example:
+    extra = _unpaired_mark(value, faults)
+    if turns and not any(turn.role == "assistant" for turn in turns):
+        reason = "no message is from the assistant, so there is nothing to learn"
+        fix = "Add the assistant's answer, or leave the conversation out"
+        faults.add("example_missing_assistant_message", field, reason, fix)
+    elif turns and not faults and not any(turn.learned for turn in turns):
+        fix = "Set weight to 1 on the messages to learn"
+        faults.add("nothing_to_learn", field, "every assistant message has weight 0", fix)
+    return Example(faults.where, turns, tools=_tools(value, faults), extra=extra)
+
+
+def _unpaired_mark(value: Mapping[str, Any], faults: Faults) -> dict[str, Any]:
+    name = "label" if isinstance(value.get("label"), bool) else "kto_tag"
+    return {} if value.get(name) is None else {"desirable": _truth(value[name], name, faults)}
+
+
+def _truth(value: Any, field: str, faults: Faults) -> bool:
+    if value not in (True, False, "true", "false", "True", "False", "0", "1"):
+        faults.add("data_type", field, f"{short(value)} is neither true nor false", "Write true or false")
+    return value in (True, "true", "True", "1")
+
+
+def _tools(value: Mapping[str, Any], faults: Faults) -> tuple | None:
+    tools = unpacked(value.get("tools"))
+    if tools in (None, "", []):
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        fix = 'Write [{"type": "function", "function": {"name": ...}}]'
+        faults.add("data_type", "tools", f"the tools are {what(tools)}: {short(tools)}", fix)
+        return None
+    return tuple(tools)
+
+
+def _alpaca(value: Mapping[str, Any], faults: Faults) -> Example:
+    turns = _alpaca_prompt(value, faults)
+    name = first(value, ("output", "response"))
+    answer = Turn("assistant", text(value[name], name, faults))
+    return Example(faults.where, (*turns, answer), extra=_unpaired_mark(value, faults))
+
+
+def _alpaca_prompt(value: Mapping[str, Any], faults: Faults) -> list[Turn]:
+    turns = []
+    if value.get("system"):
+        turns.append(Turn("system", text(value["system"], "system", faults)))
+    for i, pair in enumerate(unpacked(value.get("history")) or ()):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            faults.add("data_type", f"history[{i}]", f"not a [question, answer] pair: {short(pair)}", "Write two texts")
+            continue
+        for role, said in zip(("user", "assistant"), pair, strict=True):
+            turns.append(Turn(role, text(said, f"history[{i}]", faults)))
+    question = text(value["instruction"], "instruction", faults)
+    if value.get("input") not in (None, ""):
+        question = f"{question}\n{text(value['input'], 'input', faults, empty=True)}".rstrip()
+    return [*turns, Turn("user", question)]
+
+
+def _pair(*names: tuple[str, str]) -> Callable[[Mapping[str, Any], Faults], Example]:
+    """prompt and completion as texts, or both as messages."""
+
+    def convert(value: Mapping[str, Any], faults: Faults) -> Example:
+        prompt, completion = next((pair for pair in names if pair[0] in value and pair[1] in value), names[0])
+        asked, said = unpacked_list(value[prompt]), unpacked_list(value[completion])
+        if isinstance(asked, list) or isinstance(said, list):
+            before = (
+                messages(asked, prompt, faults) if isinstance(asked, list) else _as_turn("user", asked, prompt, faults)
+            )
+            after = (
+                messages(said, completion, faults)
+                if isinstance(said, list)
+                else _as_turn("assistant", said, completion, faults)
+            )
+            before = tuple(Turn(t.role, t.content, False, t.extra) for t in before)
+            return _chat(value, before + after, completion, faults)
+        return Example(faults.where, prompt=text(asked, prompt, faults), completion=text(said, completion, faults))
+
+    return convert
+
+
+def unpacked_list(value: Any) -> Any:
+    """A list of messages, also one that a csv cell holds as JSON; any other value as it is."""
+    found = unpacked(value)
+    is_messages = isinstance(found, list) and found and all(isinstance(i, Mapping) and "role" in i for i in found)
+    return found if is_messages or isinstance(value, list) else value
+
+
+def _as_turn(role: str, value: Any, field: str, faults: Faults) -> tuple[Turn, ...]:
+    return (Turn(role, text(value, field, faults)),)
+
+
+def _prompt(value: Mapping[str, Any], faults: Faults) -> Example:
+    asked = unpacked_list(value["prompt"])
+    if isinstance(asked, list):
+        return Example(faults.where, messages(asked, "prompt", faults))
+    return Example(faults.where, prompt=text(asked, "prompt", faults))
+
+
+def _unpaired(value: Mapping[str, Any], faults: Faults) -> Example:
+    mark = first(value, ("label", "kto_tag"))
+    extra = {"desirable": _truth(value[mark], mark, faults)}
+    prompt = text(value["prompt"], "prompt", faults)
+    return Example(faults.where, prompt=prompt, completion=text(value["completion"], "completion", faults), extra=extra)
+
+
+def _stepwise(value: Mapping[str, Any], faults: Faults) -> Example:
+    steps, labels = value["completions"], value["labels"]
+    if not isinstance(steps, list) or not isinstance(labels, list) or len(steps) != len(labels):
+        faults.add("data_type", "completions", "steps and labels are not two lists of one length", "Label every step")
+        steps, labels = [], []
+    extra = {"completions": tuple(text(step, "completions", faults) for step in steps), "labels": tuple(labels)}
+    return Example(faults.where, prompt=text(value["prompt"], "prompt", faults), extra=extra)
+
+
+def _text(value: Mapping[str, Any], faults: Faults) -> Example:
+    name = first(value, ("text", "content"))
+    return Example(faults.where, text=text(value[name], name, faults, limit=MAX_TEXT))
+
+
+def _classified(value: Mapping[str, Any], faults: Faults) -> Example:
+    mark = first(value, LABELS)
+    pair = next((pair for pair in PAIRS if pair[0] in value and pair[1] in value), None)
+    names = pair or (first(value, SINGLE),)
+    texts = [text(value[name], name, faults) for name in names]
+    return Example(faults.where, text=texts[0], text_pair=texts[1] if pair else None, label=label(value[mark], faults))
+
+
+def _preference(value: Mapping[str, Any], faults: Faults) -> Example:
+    """TRL, alpaca with ranked answers, ms-swift's rejected_response, LLaMA-Factory's ranking."""
+    turns, prompt = _asked(value, faults)
+    if "chosen" in value:
+        chosen, rejected = _answer(value["chosen"], "chosen", faults), _answer(value["rejected"], "rejected", faults)
+    else:
+        name = first(value, ("rejected_response", "rejected_messages"))
+        turns, chosen = turns[:-1], (Turn("assistant", turns[-1].content),) if turns else ()
+        rejected = _answer(value[name], name, faults)
+    if not faults and _said(chosen) == _said(rejected):
+        faults.add("identical_preference", "rejected", "chosen and rejected are the same", "Leave the row out")
+    if not turns and prompt is None and isinstance(chosen, tuple):
+        turns, chosen, rejected = _common(chosen, rejected, faults)
+    extra = {"chosen": chosen, "rejected": rejected}
+    return Example(faults.where, turns, prompt=prompt, tools=_tools(value, faults), extra=extra)
+
+
+def _said(answer: str | tuple[Turn, ...]) -> tuple:
+    return (
+        (answer,) if isinstance(answer, str) else tuple((turn.role, turn.content, str(turn.extra)) for turn in answer)
+    )
+
+
+def _asked(value: Mapping[str, Any], faults: Faults) -> tuple[tuple[Turn, ...], str | None]:
+    if "instruction" in value:
+        return tuple(_alpaca_prompt(value, faults)), None
+    for name, convert in (("messages", messages), ("conversations", conversation), ("conversation", conversation)):
+        if name in value:
+            return convert(value[name], name, faults), None
+    name = first(value, ("prompt", "question", "query"))
+    asked = unpacked_list(value.get(name))
+    if isinstance(asked, list):
+        return messages(asked, name, faults), None
+    return (), text(asked, name, faults) if name in value else None
+
+
+def _answer(value: Any, field: str, faults: Faults) -> str | tuple[Turn, ...]:
+    value = unpacked_list(value)
+    if isinstance(value, Mapping):
+        value = [value]
+    if isinstance(value, list):
+        said = isinstance(value[0], Mapping) and "from" in value[0] if value else False
+        return conversation(value, field, faults) if said else messages(value, field, faults)
+    return text(value, field, faults)
+
+
+def _common(chosen: tuple, rejected: str | tuple, faults: Faults) -> tuple[tuple, tuple, tuple]:
+    """TRL's implicit prompt: the turns both conversations begin with."""
+    if isinstance(rejected, str):
+        faults.add("data_type", "rejected", "chosen is a conversation and rejected a text", "Write both the same way")
+        return (), chosen, ()
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+_PROMPTS = ("prompt", "system", "instruction", "input", "history", "question", "query", "tools")
+# order matters: the first format whose columns are all there is the row's
+FORMATS: dict[str, Format] = {
+    "preference": Format((("chosen",), ("rejected",)), (*_PROMPTS, "messages", "conversations"), _preference),
+    "rejected": Format((("messages",), ("rejected_response", "rejected_messages")), ("tools",), _preference),
+    "messages": Format((("messages",),), ("tools", "kto_tag", "label"), _messages),
+    "sharegpt": Format((("conversations", "conversation"),), ("system", "tools", "kto_tag"), _sharegpt),
+    "alpaca": Format((("instruction",), ("output", "response")), ("input", "system", "history", "kto_tag"), _alpaca),
+    "unpaired": Format((("prompt",), ("completion",), ("label", "kto_tag")), (), _unpaired),
+    "stepwise": Format((("prompt",), ("completions",), ("labels",)), (), _stepwise),
+    "prompt_completion": Format((("prompt",), ("completion",)), ("tools",), _pair(("prompt", "completion"))),
+    "query_response": Format(
+        (("query", "question", "prompt"), ("response", "answer")), (),
+        _pair(*((q, r) for q in ("query", "question", "prompt") for r in ("response", "answer"))),
+    ),
+    "classification": Format(
+        ((*SINGLE, *(pair[0] for pair in PAIRS)), LABELS), tuple(pair[1] for pair in PAIRS), _classified
+    ),
+    "prompt": Format((("prompt",),), ("tools",), _prompt),
+    "text": Format((("text", "content"),), (), _text),
+}  # fmt: skip
+
+
+def sniff(columns: Iterable[str]) -> str | None:
+    """The name of the format that has these columns, or None."""
+    found = list(columns)
+    return next((name for name, form in FORMATS.items() if not form.missing(found)), None)
+
+
+def convert(row: Row, format: str | None = None) -> Example:
+    """One row in a known format, or in the one its columns tell. Errors: BadRow, the first fault of the row."""
+    name = format or sniff(row.value)
+    if name is None:
+        raise unknown(row)
+    example, faults = attempt(row, name)
+    if faults:
+        raise faults[0]
+    return example
+
+
+def attempt(row: Row, format: str) -> tuple[Example, list[BadRow]]:
+    """(example, faults): the example only counts when there are no faults."""
+    faults = Faults(row.where)
+    form = FORMATS[format]
+    missing = form.missing(row.value)
+    if missing:
+        faults.append(_lacks(row, format, missing))
+        return Example(row.where), faults
+    example = form.convert(row.value, faults)
+    side = {name: row.value[name] for name in SIDE if name in row.value}
+    if side:
+        example = Example(**{**vars(example), "extra": {**side, **example.extra}})
+    return example, faults
+
+
+def _lacks(row: Row, format: str, missing: Sequence[str]) -> BadRow:
+    other = sniff(row.value)
+    columns = short(sorted(map(str, row.value)))
+    if other and other != format:
+        reason = f"the row has the columns of {other!r}, the rows before it are {format!r} (columns {columns})"
+        return BadRow("mixed_schema", row.where, "", reason, "Put rows of different formats in different files")
+    reason = f"a row of the format {format!r} needs it (columns {columns})"
+    return BadRow("missing_field", row.where, missing[0], reason, f"Add it.{nearest(missing[0], list(row.value))}")
+
+
+def unknown(row: Row) -> BadRow:
+    """No format has these columns: what was found, the nearest format and what it lacks."""
+    columns = [str(name) for name in row.value]
+    if not columns:
+        fix = "Write at least a prompt and a completion, messages, or a text"
+        return BadRow("unknown_columns", row.where, "", "the row has no columns", fix)
+    name, form = min(FORMATS.items(), key=lambda item: _distance(item[1], columns))
+    if _distance(form, columns) >= len(form.needs):  # nothing in common with any: show the plainest
+        name, form = "prompt_completion", FORMATS["prompt_completion"]
+    missing = form.missing(columns)
+    like = next((near for gap in missing for near in [nearest(gap.split("|")[0], columns, 0.6)] if near), "")
+    reason = (
+        f"no known format has the columns {short(columns)}; the nearest is {name!r}, which lacks {', '.join(missing)}"
+    )
+    fix = f"Rename them (columns: {{yours: known}}) or choose a format: {', '.join(FORMATS)}.{like}"
+    if not set(columns) & _KNOWN and not all(c.isidentifier() for c in columns):
+        fix = f"If the file has no header line, name its columns (columns: [text, label]). {fix}"
+    return BadRow("unknown_columns", row.where, "", reason, fix)
+
+
+def _distance(form: Format, columns: Sequence[str]) -> float:
+    """Missing groups, less a little for every column that the format knows or nearly knows."""
+    close = sum(bool(nearest(gap.split("|")[0], columns, 0.6)) for gap in form.missing(columns))
+    return len(form.missing(columns)) - 0.5 * close - 0.6 * len(form.columns & set(columns))
+
+
+_KNOWN = {name for form in FORMATS.values() for name in form.columns}
+
+
+def examples(
+    ref: str | Path,
+    problems: Problems,
+    format: str | None = None,
+    columns: Sequence[str] | Mapping[str, str] = (),
+) -> Iterator[Example]:
+    """Examples of a reference; each file's format is told by its first known row, or given.
+
+    Afterwards `problems.seen == problems.good + problems.bad`, and `problems.refuse()` raises what is wrong.
+    """
+    if format is not None and format not in FORMATS:
+        raise ValueError(
+            f"unknown format {format!r}; choose from {', '.join(FORMATS)}.{nearest(format, list(FORMATS))}"
+        )
+    yield from converted(read(ref, problems, columns), problems, format)
+
+
+def converted(rows: Iterable[Row], problems: Problems, format: str | None = None) -> Iterator[Example]:
+    """Rows -> examples, counting what cannot be used."""
+    found: dict[str, str] = {}
+    for row in rows:
+        file = row.where.rpartition(":")[0]
+        name = format or found.get(file) or sniff(row.value)
+        if name is None:
+            problems.reject([unknown(row)])
+            continue
+        if file not in found:
+            found[file] = name
+            _tell(file, name, row, problems)
+        example, faults = attempt(row, name)
+        if faults:
+            problems.reject(faults)
+        else:
+            problems.accept()
+            yield example
+
+
+def _tell(file: str, name: str, row: Row, problems: Problems) -> None:
+    problems.note(f"{file}: read as {name!r} from its columns {', '.join(map(str, row.value))}")
+    unused = [str(column) for column in row.value if column not in FORMATS[name].columns and column not in SIDE]
+    if unused:
+        problems.note(f"{file}: these columns are not used: {', '.join(unused)}")
+
+
+def load(
+    ref: str | Path,
+    format: str | None = None,
+    columns: Sequence[str] | Mapping[str, str] = (),
+    skip_bad: bool = False,
+) -> tuple[list[Example], Problems]:
+    """All examples of a reference. Errors: one ValueError with every problem, unless `skip_bad` (then counted)."""
+    problems = Problems()
+    found = list(examples(ref, problems, format, columns))
+    if not skip_bad:
+        problems.refuse()
+    return found, problems
