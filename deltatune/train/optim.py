@@ -1,0 +1,219 @@
+"""Optim: AdamW (arXiv:1711.05101), Adafactor (arXiv:1804.04235), schedules, fp32 masters, state without pickle."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NO_DECAY = re.compile(r"(^|[._])(bias|norm|ln|layernorm|ia3|scale|gate|magnitude)", re.IGNORECASE)
+
+# method: (lowest and highest learning rate that has been seen to work, the paper's or our own default)
+LEARNING_RATES: dict[str, tuple[float, float, float]] = {
+    "lora": (1e-4, 5e-3, 3e-4),
+    "ia3": (1e-3, 3e-2, 3e-3),
+    "bitfit": (1e-4, 1e-2, 1e-3),
+    "prefix": (1e-3, 1e-1, 1e-2),
+    "prompt": (1e-2, 5e-1, 3e-1),
+    "adapter": (1e-4, 1e-3, 3e-4),
+    "freeze": (1e-6, 1e-4, 2e-5),
+    "full": (1e-6, 1e-4, 2e-5),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """How parameters move.
+
+    `warmup`: steps when >= 1, a share of all steps below that. `floor`: the schedule's end, as a share of `lr`.
+    `ratios`: (regex searched in the parameter's key, multiple of `lr`), first match wins; LoRA+ (arXiv:2402.12354) is
+    `(("lora_B", 16.0),)`. `adafactor` steps by the given lr (prompt tuning's constant 0.3); `adafactor-relative` is the
+    paper's own form, which finds its step size itself and takes neither lr nor schedule.
+    """
+
+    optimizer: str = "adamw"
+    lr: float = 3e-4
+    schedule: str = "linear"
+    warmup: float = 0.0
+    floor: float = 0.0
+    power: float = 2.0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    ratios: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        among("schedule", self.schedule, SCHEDULES)
+        among("optimizer", self.optimizer, OPTIMIZERS)
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr={self.lr}: give a finite number above 0, for instance 3e-4")
+        if self.warmup < 0:
+            raise ValueError(f"warmup={self.warmup}: give steps (>= 1) or a share of all steps (0 to 1)")
+        if self.ratios and self.optimizer == "adafactor-relative":
+            raise ValueError(
+                "ratios: adafactor-relative finds its own step sizes; use optimizer='adafactor' with an lr"
+            )
+
+
+def among(name: str, value: str, choices: Iterable[str]) -> None:
+    """ValueError unless `value` is one of `choices`, with the nearest."""
+    choices = list(choices)
+    if value not in choices:
+        near = get_close_matches(value, choices, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r}: choose from {', '.join(choices)}{hint}")
+
+
+SCHEDULES = {
+    # progress u in [0, 1) over the steps after warm-up, w warm-up steps, s the step -> share of the way from floor to 1
+    "constant": lambda u, w, s, power: 1.0,
+    "linear": lambda u, w, s, power: 1.0 - u,
+    "cosine": lambda u, w, s, power: 0.5 * (1.0 + math.cos(math.pi * u)),
+    "polynomial": lambda u, w, s, power: (1.0 - u) ** power,
+    "inverse_sqrt": lambda u, w, s, power: math.sqrt(max(w, 1) / max(s + 1, w, 1)),
+}
+
+
+def factor(optim: Optim, step: int, steps: int) -> float:
+    """The multiple of `lr` at step `step` (from 0) of `steps`: a pure function, so there is no state to lose.
+
+    Warm-up rises as (step + 1) / warmup: no step is spent at a learning rate of 0.
+    """
+    warmup = math.ceil(optim.warmup * steps) if optim.warmup < 1 else int(optim.warmup)
+    if step < warmup:
+        return (step + 1) / warmup
+    u = min((step - warmup) / max(steps - warmup, 1), 1.0)
+    return optim.floor + (1.0 - optim.floor) * SCHEDULES[optim.schedule](u, warmup, step, optim.power)
+
+
+def sane_lr(method: str, lr: float) -> str | None:
+    """A warning when `lr` lies outside what works for `method` (any case; unknown methods: None)."""
+    low, high, default = LEARNING_RATES.get(method.lower(), (0.0, math.inf, lr))
+    if low <= lr <= high:
+        return None
+    effect = "it will hardly move" if lr < low else "it is likely to diverge"
+    return (
+        f"lr={lr:g} with {method}: {effect}. {method} is trained with {low:g} to {high:g}; {default:g} is a good start."
+    )
+
+
+def _adamw(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
+    params = [p for group in groups for p in group["params"]]
+    # The fused kernel wants one kind of device for all; elsewhere torch chooses (foreach or a plain loop).
+    fused = len({p.device for p in params}) == 1 and params[0].device.type in ("cpu", "cuda", "mps")
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+
+
+def _adafactor(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    relative = optim.optimizer == "adafactor-relative"
+    lr = None if relative else optim.lr
+    return Adafactor(groups, lr=lr, scale_parameter=relative, relative_step=relative, warmup_init=False)
+
+
+OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "adafactor-relative": _adafactor}
+
+
+class Optimizer:
+    """Steps exactly the given parameters; bf16 and fp16 ones through fp32 masters, so that small steps are not lost.
+
+    Call `gather` after every backward, then `norm`, `scale`, `step`, `zero`.
+    """
+
+    def __init__(self, trainable: Mapping[str, nn.Parameter], optim: Optim):
+        self.optim, self.model = optim, dict(trainable)
+        self.masters = {key: self.master(p) for key, p in self.model.items()}
+        self.inner = OPTIMIZERS[optim.optimizer](self._groups(), optim)
+
+    @staticmethod
+    def master(p: nn.Parameter) -> Tensor:
+        """The tensor that is stepped for `p`: itself, or an fp32 copy of a half-precision one."""
+        return p.detach().float().requires_grad_() if p.dtype in (torch.bfloat16, torch.float16) else p
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for key, p in self.masters.items():
+            ratio = next((x for pattern, x in self.optim.ratios if re.search(pattern, key)), 1.0)
+            decay = 0.0 if p.ndim < 2 or NO_DECAY.search(key) else self.optim.weight_decay
+            groups.setdefault((ratio, decay), []).append(p)
+        for pattern, _ in self.optim.ratios:
+            if not any(re.search(pattern, key) for key in self.masters):
+                near = get_close_matches(pattern, self.masters, 3, 0.0)
+                raise ValueError(f"ratios: no trainable parameter matches {pattern!r}; there are for instance {near}")
+        return [{"params": ps, "ratio": ratio, "weight_decay": wd} for (ratio, wd), ps in groups.items()]
+
+    def gather(self) -> None:
+        """Move the gradients of half-precision parameters into their masters, where they add up in fp32."""
+        for key, p in self.model.items():
+            master = self.masters[key]
+            if master is p or p.grad is None:
+                continue
+            grad = p.grad.float()
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            p.grad = None
+
+    def grads(self) -> dict[str, Tensor]:
+        """Key -> gradient, for the parameters that have one."""
+        return {key: p.grad for key, p in self.masters.items() if p.grad is not None}
+
+    def norm(self) -> Tensor:
+        """The L2 norm of all gradients together (a scalar)."""
+        return torch.nn.utils.get_total_norm(list(self.grads().values()))
+
+    def scale(self, norm: Tensor, clip: float) -> None:
+        """Shorten the gradients to length `clip` when they are longer."""
+        torch.nn.utils.clip_grads_with_norm_(list(self.masters.values()), clip, norm)
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Move the parameters at `rate` times their group's learning rate."""
+        if self.optim.optimizer != "adafactor-relative":
+            for group in self.inner.param_groups:
+                group["lr"] = self.optim.lr * group["ratio"] * rate
+        self.inner.step()
+        for key, p in self.model.items():
+            if self.masters[key] is not p:
+                p.copy_(self.masters[key])
+
+    def zero(self) -> None:
+        """Drop every gradient."""
+        for p in (*self.model.values(), *self.masters.values()):
+            p.grad = None
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything as tensors `<slot>|<key>` and as JSON (numbers that are not tensors)."""
+        tensors = {f"master|{key}": m.detach() for key, m in self.masters.items() if m is not self.model[key]}
+        numbers: dict[str, dict[str, Any]] = {}
+        for key, p in self.masters.items():
+            for slot, value in self.inner.state.get(p, {}).items():
+                if isinstance(value, Tensor):
+                    tensors[f"{slot}|{key}"] = value
+                else:
+                    numbers.setdefault(key, {})[slot] = value
+        return tensors, {"optimizer": self.optim.optimizer, "keys": list(self.masters), "numbers": numbers}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Put back what `state` gave. Another optimizer or other parameters: ValueError."""
+        if state["optimizer"] != self.optim.optimizer:
+            raise ValueError(f"the checkpoint is of {state['optimizer']}, this run uses {self.optim.optimizer}")
+        if (theirs := set(state["keys"])) != (ours := set(self.masters)):
+            raise ValueError(f"optimizer state: missing {sorted(ours - theirs)}, unexpected {sorted(theirs - ours)}")
+        slots: dict[str, dict[str, Any]] = {key: dict(numbers) for key, numbers in state["numbers"].items()}
+        for name, value in tensors.items():
+            slot, key = name.split("|", 1)
+            if slot == "master":
+                self.masters[key].copy_(value)
+            else:
+                slots.setdefault(key, {})[slot] = value.clone()
+        number = {id(p): i for i, p in enumerate(p for group in self.inner.param_groups for p in group["params"])}
+        packed = {number[id(self.masters[key])]: values for key, values in slots.items()}
+        # torch's own loader knows which slots live on the device and which do not (the step count of a fused AdamW).
+        self.inner.load_state_dict({"state": packed, "param_groups": self.inner.state_dict()["param_groups"]})
