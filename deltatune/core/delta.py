@@ -1,0 +1,91 @@
+"""Delta: one change to one frozen layer, h' = compose(h, f(x)) (He et al. 2021, arXiv:2110.04366)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .site import Site
+
+SLOT = "delta_slot"  # the name of the one child module an adapted layer gets
+
+
+class Refusal(TypeError):
+    """A combination that cannot work. Says why, what was found in the model, and what would work."""
+
+    def __init__(self, why: str, *, found: str, instead: str):
+        self.why, self.found, self.instead = why, found, instead
+        super().__init__(f"{why} Found: {found}. What works: {instead}.")
+
+
+@dataclass(frozen=True)
+class Dense:
+    """What merging sees of a layer, whatever its class: weight [d_out, d_in] (rows of an embedding: [vocab, d]), bias [d_out]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class Delta(nn.Module):
+    """One change to one frozen layer. Override what the method needs; the defaults change nothing.
+
+    `conditional` parameters may legitimately see no gradient for many steps (experts, gates, heads).
+    """
+
+    conditional = False
+    inplace = False  # True: trains the layer's own parameters (see core/inplace.py)
+    site: Site  # where attach put this delta
+    tap: Any = None  # a span's reading end
+
+    def before(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """x [*, d_in] -> the x the layer will read."""
+        return x
+
+    def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """x [*, d_in] as read at `site.read`, y [*, d_out] -> the y that leaves `site.write`."""
+        return y
+
+    def attend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [batch, kv_heads, seq, head_dim] -> keys and values with learned positions in FRONT."""
+        return k, v
+
+    def shift(self) -> int:
+        """How many positions the real tokens move back because of this delta (a prefix's length)."""
+        return 0
+
+    def merged(self, dense: Dense) -> dict[str, Tensor]:
+        """{parameter name: tensor} that make the layer alone behave like layer + delta. A Refusal by default."""
+        raise Refusal(
+            f"{type(self).__name__} has no equivalent weight, so it cannot be merged.",
+            found=type(self).__name__,
+            instead="keep it attached (save and load it), or use a mergeable method: see `deltatune methods`",
+        )
+
+    def penalty(self) -> Tensor | None:
+        """A scalar added to every step's loss, or None."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Called after optimizer step `step` (from 1)."""
+
+    def fold(self) -> None:
+        """Drop a training-time reparametrisation, keeping the function the same."""
+
+    def swap(self, layer: nn.Module, on: bool) -> None:
+        """In-place deltas: put the trained (on) or the original (off) tensors into `layer`."""
+
+    def stored(self, layer: nn.Module) -> dict[str, Tensor]:
+        """What save writes: everything trained, and the buffers that go with it."""
+        return {n: t.detach() for n, t in self.state_dict().items()}
+
+    def trained(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        """What the optimizer gets, by the names of `stored`."""
+        return dict(self.named_parameters())
+
+
+def overrides(delta: Delta, name: str) -> bool:
+    """Whether the delta's class has its own `name`, so that a slot only pays for the hooks it needs."""
+    return getattr(type(delta), name) is not getattr(Delta, name)

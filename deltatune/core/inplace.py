@@ -1,0 +1,77 @@
+"""In-place deltas: base parameters trained where they are, the originals kept to be put back bitwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from .delta import Delta, Refusal
+from .site import Site
+
+
+class InPlace(Delta):
+    """Trains the named parameters of one layer. Switching swaps pointers, so nothing is copied or rounded.
+
+    The layer's Parameter objects never change identity: optimizers, tied weights and autograd keep working.
+    """
+
+    inplace = True
+
+    def __init__(self, layer: nn.Module, names: tuple[str, ...]):
+        super().__init__()
+        self.names, self.on = names, False
+        # what is not in the layer now: the trained tensors while off, the originals while on
+        self.other: dict[str, Tensor] = {n: layer.get_parameter(n).data.clone() for n in names}
+
+    def swap(self, layer: nn.Module, on: bool) -> None:
+        if on == self.on:
+            return
+        for name in self.names:
+            parameter = layer.get_parameter(name)
+            parameter.data, self.other[name] = self.other[name], parameter.data
+        self.on = on
+
+    def stored(self, layer: nn.Module) -> dict[str, Tensor]:
+        return {n: (layer.get_parameter(n).data if self.on else self.other[n]) for n in self.names}
+
+    def trained(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        return {n: layer.get_parameter(n) for n in self.names}
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> InPlace:
+        super()._apply(fn, recurse)
+        self.other = {n: fn(t) for n, t in self.other.items()}
+        return self
+
+
+class InPlaceBias(InPlace):
+    """A trained bias. It is additive, so rows of one batch can each have their own."""
+
+    def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Only run per row, with the original bias in the layer."""
+        (name,) = self.names
+        return y + (self.other[name] - layer.get_parameter(name)).to(y.dtype)
+
+
+def refuse_rows(delta: InPlace) -> None:
+    """A per-row weight would need a copy of the whole weight per adapter: not a thing this mechanism hides."""
+    raise Refusal(
+        "rows() cannot give each row its own weights: this adapter trained the base's weights in place.",
+        found=f"{delta.site.write} ({', '.join(delta.names)})",
+        instead="activate() one adapter at a time, or use BitFit, LoRA, (IA)^3, Adapter, Prefix or Prompt for mixed batches",
+    )
+
+
+def pick(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> Iterator[tuple[Site, Delta]]:
+    """One in-place delta per layer that owns a chosen parameter; tied parameters are taken once."""
+    seen: set[int] = set()
+    for name, layer in list(model.named_modules()):
+        names = []
+        for own, parameter in layer.named_parameters(recurse=False):
+            if id(parameter) not in seen and chosen(f"{name}.{own}" if name else own, layer):
+                seen.add(id(parameter))
+                names.append(own)
+        if names == ["bias"]:
+            yield Site(name, name), InPlaceBias(layer, ("bias",))
+        elif names:
+            yield Site(name, name), InPlace(layer, tuple(names))

@@ -1,0 +1,319 @@
+"""peft's folder format for the methods peft has: our tensors under its names, and back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.freeze import Head
+from ..methods.ia3 import IA3, ScaleInput, ScaleOutput
+from ..methods.lora import LoRA, LowRank
+from ..methods.prefix import KeysValues, Prefix
+from ..methods.prompt import Prompt, Rows
+from .attach import known
+from .delta import Delta
+from .site import head_modules, is_conv1d, layers, put, take, widths
+from .slot import slots
+
+PREFIX = "base_model.model."
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
+
+Parts = dict[str, list[Delta]]  # layer name -> its deltas
+
+
+def writable(model: nn.Module, name: str) -> str | None:
+    """The peft type adapter `name` can be saved as, or None: peft lacks the method, the union, or the model's form of it."""
+    methods = [m for m in known(model, name).methods[name] if not isinstance(m, Head)]
+    if len(methods) != 1:
+        return None
+    (only,) = methods
+    if isinstance(only, LoRA):
+        return "LORA"
+    if isinstance(only, IA3) and not any(len({type(d) for d in p}) > 1 for p in body(model, name).values()):
+        return "IA3"
+    causal = task(model) == "CAUSAL_LM" and len(known(model, name).methods[name]) == 1
+    if isinstance(only, Prefix) and causal and only.offset_positions and even_heads(model, name):
+        return "PREFIX_TUNING"
+    return "PROMPT_TUNING" if isinstance(only, Prompt) and causal else None
+
+
+def even_heads(model: nn.Module, name: str) -> bool:
+    """peft keeps one [length, layers, 2, heads, dim] tensor and derives dim from the width of the model."""
+    shapes = {tuple(d.k.shape) for d in all_of(model, name, KeysValues)}
+    config = model.config
+    dim = config.hidden_size // config.num_attention_heads
+    return len(shapes) == 1 and next(iter(shapes))[2] == dim and all(d.shift() for d in all_of(model, name, KeysValues))
+
+
+def task(model: nn.Module) -> str | None:
+    return next(
+        (t for ending, t in TASKS.items() if type(model).__name__.endswith(ending)),
+        "SEQ_CLS" if head_modules(model) else None,
+    )
+
+
+def body(model: nn.Module, name: str) -> Parts:
+    """layer -> deltas of adapter `name`, task heads left out."""
+    found = {path: [d for d in slot[name] if not d.inplace] for path, slot in slots(model).items() if name in slot}
+    return {path: ds for path, ds in found.items() if ds}
+
+
+def all_of(model: nn.Module, name: str, kind: type) -> list[Any]:
+    return [d for ds in body(model, name).values() for d in ds if isinstance(d, kind)]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+def write(model: nn.Module, name: str, kind: str, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(adapter_config.json, tensors) of adapter `name` as peft type `kind`."""
+    parts = body(model, name)
+    extra, tensors = WRITERS[kind](model, name, parts)
+    heads = {
+        path: slot[name] for path, slot in slots(model).items() if name in slot and any(d.inplace for d in slot[name])
+    }
+    if heads:
+        extra["modules_to_save"] = head_modules(model)
+    for path, ds in heads.items():
+        stored = {k: t for d in ds for k, t in d.stored(model.get_submodule(path)).items()}
+        tensors |= {f"{PREFIX}{path}.{key}": t for key, t in stored.items()}
+    common = {"peft_type": kind, "task_type": task(model), "base_model_name_or_path": base, "inference_mode": True}
+    return {**common, "revision": None, **extra}, {k: t.detach().contiguous() for k, t in tensors.items()}
+
+
+def write_lora(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors, ranks, alphas = {}, {}, {}
+    for path, ds in parts.items():
+        low = [d for d in ds if isinstance(d, LowRank)]
+        d_out = widths(model.get_submodule(path))[1]
+        ranks[path] = sum(d.r for d in low)
+        alphas[path] = low[0].scale * ranks[path]
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([d.lora_A for d in low])
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat(
+            [widened(d, d.lora_B * (d.scale / low[0].scale), d_out) for d in low], 1
+        )
+    r, alpha = most(ranks.values()), most(alphas.values())
+    config = {
+        "r": r,
+        "lora_alpha": alpha,
+        "lora_dropout": next(d.dropout for ds in parts.values() for d in ds),
+        "target_modules": short_names(model, list(parts)),
+        "rank_pattern": {p: v for p, v in ranks.items() if v != r},
+        "alpha_pattern": {p: v for p, v in alphas.items() if v != alpha},
+        "bias": "none",
+        "fan_in_fan_out": any(is_conv1d(model.get_submodule(p)) for p in parts),
+    }
+    return config, tensors
+
+
+def widened(delta: Delta, part: Tensor, d_out: int) -> Tensor:
+    """A fused projection's part [d, ...] as rows of the whole projection [d_out, ...], zero elsewhere."""
+    if delta.site.columns is None:
+        return part
+    return put(part.new_zeros(d_out, *part.shape[1:]), delta.site.columns, part, 0)
+
+
+def write_ia3(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    tensors, inputs = {}, []
+    for path, ds in parts.items():
+        layer = model.get_submodule(path)
+        if isinstance(ds[0], ScaleInput):
+            inputs.append(path)
+            tensors[f"{PREFIX}{path}.ia3_l"] = ds[0].ia3_l[None]
+        else:
+            whole = torch.ones(widths(layer)[1])
+            for d in ds:
+                whole = put(whole, d.site.columns, d.ia3_l.detach().cpu().float(), 0)
+            tensors[f"{PREFIX}{path}.ia3_l"] = whole[:, None]
+    config = {
+        "target_modules": short_names(model, list(parts)),
+        "feedforward_modules": short_names(model, inputs),
+        "fan_in_fan_out": any(is_conv1d(model.get_submodule(p)) for p in parts),
+    }
+    return config, tensors
+
+
+def write_prefix(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    deltas = all_of(model, name, KeysValues)
+    heads, length, dim = deltas[0].k.shape
+    stacked = torch.stack([t for d in deltas for t in (d.k, d.v)])  # [2 layers, heads, length, dim]
+    config = virtual(model, length, len(deltas)) | {
+        "token_dim": heads * dim,
+        "num_attention_heads": heads,
+        "encoder_hidden_size": heads * dim,
+        "prefix_projection": False,
+    }
+    return config, {"prompt_embeddings": stacked.permute(2, 0, 1, 3).reshape(length, -1)}
+
+
+def write_prompt(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    (rows,) = all_of(model, name, Rows)
+    length, d = rows.prompt_embeddings.shape
+    config = virtual(model, length, model.config.num_hidden_layers) | {"token_dim": d, "prompt_tuning_init": "RANDOM"}
+    return config, {"prompt_embeddings": rows.prompt_embeddings}
+
+
+def virtual(model: nn.Module, length: int, n_layers: int) -> dict[str, Any]:
+    return {
+        "num_virtual_tokens": length,
+        "num_layers": n_layers,
+        "num_attention_heads": model.config.num_attention_heads,
+        "num_transformer_submodules": 1,
+    }
+
+
+def most(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def short_names(model: nn.Module, paths: list[str]) -> list[str]:
+    """['q_proj', ...] where such endings mean exactly `paths` (what serving engines expect), else the whole names."""
+    ends = sorted({p.rsplit(".", 1)[-1] for p in paths})
+    covered = {
+        n for n, m in layers(model) if n.rsplit(".", 1)[-1] in ends and isinstance(getattr(m, "weight", None), Tensor)
+    }
+    return ends if covered == set(paths) else sorted(paths)
+
+
+Writer = Callable[[nn.Module, str, Parts], tuple[dict[str, Any], dict[str, Tensor]]]
+WRITERS: dict[str, Writer] = {
+    "LORA": write_lora,
+    "IA3": write_ia3,
+    "PREFIX_TUNING": write_prefix,
+    "PROMPT_TUNING": write_prompt,
+}
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+def methods(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[Any, ...]:
+    """The methods that a foreign peft folder describes. Layers are taken from the tensors: no regex of the file is run."""
+    kind = config.get("peft_type")
+    refuse_options(config)
+    heads = (Head(),) if config.get("modules_to_save") else ()
+    if kind == "LORA":
+        return (read_lora(config, tensors), *heads)
+    if kind == "IA3":
+        paths = {k[len(PREFIX) :].removesuffix(".ia3_l"): t for k, t in tensors.items() if k.endswith(".ia3_l")}
+        inputs = tuple(p for p, t in paths.items() if t.shape[0] == 1)
+        return (IA3(outputs=tuple(p for p in paths if p not in inputs), inputs=inputs), *heads)
+    if kind == "PREFIX_TUNING":
+        return (Prefix(int(config["num_virtual_tokens"])),)
+    if kind == "PROMPT_TUNING":
+        return (Prompt(int(config["num_virtual_tokens"])),)
+    raise ValueError(f"{CONFIG}: peft_type {kind!r} is not read; choose from {', '.join(WRITERS)}")
+
+
+UNREAD = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "prefix_projection",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+)
+
+
+def refuse_options(config: Mapping[str, Any]) -> None:
+    """Options that change the function and that we do not read are errors, never ignored."""
+    for key in UNREAD:
+        if config.get(key):
+            raise ValueError(
+                f"{CONFIG}: {key}={config[key]!r} is not supported; merge the adapter with peft and load the merged model"
+            )
+    if config.get("bias", "none") != "none":
+        raise ValueError(
+            f"{CONFIG}: bias={config['bias']!r} is not supported; save the adapter with bias='none', or merge it with peft"
+        )
+
+
+def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoRA:
+    ends = ".lora_A.weight"
+    ranks = {k[len(PREFIX) :].removesuffix(ends): t.shape[0] for k, t in tensors.items() if k.endswith(ends)}
+    if not ranks:
+        raise ValueError(f"{TENSORS} holds no '*{ends}' tensor: it is not a LoRA adapter")
+    given = config.get("alpha_pattern") or {}
+    alphas = {
+        p: float(next((v for k, v in given.items() if p == k or p.endswith("." + k)), config["lora_alpha"]))
+        for p in ranks
+    }
+    if config.get("use_rslora"):  # alpha / sqrt(r) instead of alpha / r
+        alphas = {p: a * ranks[p] ** 0.5 for p, a in alphas.items()}
+    r, alpha = most(ranks.values()), most(alphas.values())
+    own = {p: {"r": ranks[p], "alpha": alphas[p]} for p in ranks if (ranks[p], alphas[p]) != (r, alpha)}
+    return LoRA(r, alpha, float(config.get("lora_dropout", 0.0)), tuple(ranks), own)
+
+
+def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """peft's tensors -> ours, for an adapter of the same shape that is attached; raises ValueError on missing or unexpected ones."""
+    kind = writable(model, name)
+    if kind is None:
+        raise ValueError(f"adapter {name!r} has no peft form on {type(model).__name__}")
+    _, ours = write(model, name, kind, None)
+    strict(ours, tensors)
+    found: dict[str, Tensor] = {}
+    for path, slot in slots(model).items():
+        for delta in slot[name] if name in slot else ():
+            found |= {
+                f"{delta.site.key}.{k}": t
+                for k, t in READERS.get(type(delta), in_head)(model, name, path, delta, tensors).items()
+            }
+    return found
+
+
+def strict(ours: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Same names and shapes, or a ValueError that lists the first of each kind of difference."""
+    missing, unexpected = sorted(set(ours) - set(given)), sorted(set(given) - set(ours))
+    shapes = [
+        f"{k} {tuple(given[k].shape)} != {tuple(ours[k].shape)}"
+        for k in ours
+        if k in given and given[k].shape != ours[k].shape
+    ]
+    problems = (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+    said = [f"{len(names)} {what}, such as {names[0]}" for what, names in problems if names]
+    if said:
+        raise ValueError(
+            f"the adapter's tensors do not fit this model: {'; '.join(said)}. Load it on the base it was trained on"
+        )
+
+
+def in_lora(model: nn.Module, name: str, path: str, delta: LowRank, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    siblings = [d for d in body(model, name)[path] if isinstance(d, LowRank)]
+    start = sum(d.r for d in siblings[: siblings.index(delta)])
+    a = tensors[f"{PREFIX}{path}.lora_A.weight"][start : start + delta.r]
+    b = tensors[f"{PREFIX}{path}.lora_B.weight"][:, start : start + delta.r]
+    return {"lora_A": a, "lora_B": take(b, delta.site.columns, 0) * (siblings[0].scale / delta.scale)}
+
+
+def in_ia3(model: nn.Module, name: str, path: str, delta: Delta, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"ia3_l": take(tensors[f"{PREFIX}{path}.ia3_l"].reshape(-1), delta.site.columns, 0)}
+
+
+def in_prefix(
+    model: nn.Module, name: str, path: str, delta: KeysValues, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    deltas = all_of(model, name, KeysValues)
+    heads, length, dim = delta.k.shape
+    whole = tensors["prompt_embeddings"].view(length, 2 * len(deltas), heads, dim).permute(1, 2, 0, 3)
+    at = 2 * deltas.index(delta)
+    return {"k": whole[at], "v": whole[at + 1]}
+
+
+def in_prompt(model: nn.Module, name: str, path: str, delta: Delta, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"prompt_embeddings": tensors["prompt_embeddings"]}
+
+
+def in_head(model: nn.Module, name: str, path: str, delta: Delta, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: tensors[f"{PREFIX}{path}.{key}"] for key in delta.trained(model.get_submodule(path))}
+
+
+READERS: dict[type, Callable[..., dict[str, Tensor]]] = {
+    LowRank: in_lora,
+    ScaleInput: in_ia3,
+    ScaleOutput: in_ia3,
+    KeysValues: in_prefix,
+    Rows: in_prompt,
+}

@@ -1,0 +1,145 @@
+"""The methods there are: each registers itself, the docs, the CLI's index and the conformance suite read this table."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .delta import Refusal
+
+KINDS = ("linear", "rescale", "adapter", "attention", "embedding", "selective")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method: its class, its paper's arXiv id, what it changes, and what it can do."""
+
+    name: str
+    cls: type
+    paper: str
+    kind: str
+    mergeable: bool
+    peft: str | None  # the peft type its saved form follows, None where peft lacks it
+    lr: float  # a learning rate to start from
+    identity: bool  # the adapted model equals the base before training
+
+
+METHODS: dict[str, Entry] = {}
+PRESETS: dict[str, dict[str, Any]] = {
+    "houlsby": {
+        "note": "two adapters in each block",
+        "paper": "1902.00751",
+        "method": [{"adapter": {"bottleneck": 64}}],
+    },
+    "parallel-adapter": {
+        "note": "scaled parallel adapter beside the feed-forward layer, s = 4",
+        "paper": "2110.04366",
+        "method": [{"adapter": {"bottleneck": 512, "form": "parallel", "where": ["ffn"], "scale": 4.0}}],
+    },
+    "mam": {
+        "note": "mix-and-match: prefix 30 on attention, scaled parallel adapter 512 on the feed-forward layer",
+        "paper": "2110.04366",
+        "method": [
+            {"prefix": {"length": 30}},
+            {"adapter": {"bottleneck": 512, "form": "parallel", "where": ["ffn"], "scale": 4.0}},
+        ],
+    },
+    "lora-qv": {
+        "note": "the paper's LoRA: query and value only",
+        "paper": "2106.09685",
+        "method": [{"lora": {"targets": ["q", "v"]}}],
+    },
+    "norm-tuning": {
+        "note": "only the norms' weights",
+        "paper": "2312.11420",
+        "method": [{"freeze": {"names": [r".*[nN]orm.*|.*\.ln_\d.*"]}}],
+    },
+}
+
+
+def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type], type]:
+    """Register a frozen dataclass as a method: @method("ia3", paper="2205.05638", kind="rescale", peft="IA3", ...)."""
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r} of method {name!r}: choose from {', '.join(KINDS)}")
+    known = {"mergeable": False, "peft": None, "lr": 1e-3, "identity": True}
+
+    def register(cls: type) -> type:
+        METHODS[name] = Entry(name, cls, paper, kind, **{**known, **facts})
+        cls.method_name = name  # type: ignore[attr-defined]
+        return cls
+
+    return register
+
+
+def nearest(word: str, choices: Sequence[str]) -> str:
+    found = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def build(spec: Any) -> tuple[Any, ...]:
+    """'lora', {'lora': {'r': 8}}, a preset's name, or a list of these -> method objects.
+
+    Raises ValueError naming the unknown method or field, its nearest name and the choices.
+    """
+    if isinstance(spec, list | tuple):
+        return tuple(m for part in spec for m in build(part))
+    if isinstance(spec, str):
+        if spec in PRESETS:
+            return build(PRESETS[spec]["method"])
+        spec = {spec: {}}
+    if not isinstance(spec, dict):
+        return (spec,)
+    return tuple(build_one(name, fields or {}) for name, fields in spec.items())
+
+
+def build_one(name: str, fields: dict[str, Any]) -> Any:
+    if name not in METHODS:
+        choices = [*METHODS, *PRESETS]
+        raise ValueError(f"unknown method {name!r}.{nearest(name, choices)} Methods: {', '.join(choices)}")
+    cls = METHODS[name].cls
+    have = [f.name for f in dataclasses.fields(cls)]
+    for key in fields:
+        if key not in have:
+            raise ValueError(f"method {name!r} has no field {key!r}.{nearest(key, have)} Its fields: {', '.join(have)}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def spec(methods: Sequence[Any]) -> list[dict[str, dict[str, Any]]]:
+    """Method objects -> the plain form that is saved, and that `build` reads back."""
+    return [{m.method_name: {f.name: plain(getattr(m, f.name)) for f in dataclasses.fields(m)}} for m in methods]
+
+
+def plain(value: Any) -> Any:
+    return [plain(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def index() -> dict[str, Any]:
+    """What `deltatune methods --json` and the CLI's help know without importing torch."""
+    return {
+        "methods": {name: describe(entry) for name, entry in METHODS.items()},
+        "presets": {name: {"kind": "preset", **preset} for name, preset in PRESETS.items()},
+    }
+
+
+def describe(entry: Entry) -> dict[str, Any]:
+    fields = {f.name: {"type": str(f.type), "default": plain(f.default)} for f in dataclasses.fields(entry.cls)}
+    doc = (entry.cls.__doc__ or "").strip().splitlines()[0]
+    facts = {k: getattr(entry, k) for k in ("paper", "kind", "mergeable", "peft", "lr", "identity")}
+    return {**facts, "doc": doc, "fields": fields}
+
+
+def refused(model: nn.Module) -> dict[str, Refusal]:
+    """The methods that, with their defaults, cannot work on this model, and why."""
+    found = {}
+    for name, entry in METHODS.items():
+        try:
+            for _ in entry.cls().deltas(model):
+                pass
+        except Refusal as refusal:
+            found[name] = refusal
+    return found

@@ -1,0 +1,289 @@
+"""Site: which layer is read and which is written, and the roles layers play. The one file that knows foreign models."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .delta import SLOT
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Read at the input of `read`, write at the output of `write` (full module names).
+
+    `columns` restricts a fused projection to ranges of its output features; `label` names that part in stored keys.
+    """
+
+    read: str
+    write: str
+    columns: tuple[Range, ...] | None = None
+    label: str = ""
+
+    @property
+    def is_span(self) -> bool:
+        return self.read != self.write
+
+    @property
+    def key(self) -> str:
+        """The stable name under which this site's tensors are stored."""
+        return f"{self.write}[{self.label}]" if self.label else self.write
+
+
+# ---- roles -------------------------------------------------------------------------------------------------------
+# A layer's role is told from its name: every supported family uses one of these spellings.
+ROLES = {
+    "q": r"(q_proj|query|q|q_lin|q_attn)",
+    "k": r"(k_proj|key|k|k_lin)",
+    "v": r"(v_proj|value|v|v_lin)",
+    "o": r"((self_attn|encoder_attn|attn|attention|SelfAttention|EncDecAttention)\.(o_proj|out_proj|c_proj|o|out_lin|dense|Wo)"
+    r"|attention\.output\.dense)",
+    "up": r"(gate_proj|up_proj|gate_up_proj|fc1|mlp\.c_fc|wi|wi_0|wi_1|lin1|dense_h_to_4h|intermediate\.dense|mlp\.Wi)",
+    "down": r"(down_proj|fc2|mlp\.c_proj|wo|lin2|dense_4h_to_h|(?<!attention\.)output\.dense|mlp\.Wo)",
+}
+FUSED = re.compile(r"(^|\.)(c_attn|qkv_proj|query_key_value|Wqkv)$")
+ATTENTION, FFN = ("q", "k", "v", "o"), ("up", "down")
+GROUPS = {"attention": ATTENTION, "ffn": FFN, "all": ATTENTION + FFN}
+CHOICES = (*ROLES, "norm", *GROUPS)
+BLOCK = re.compile(r"^((?:.*\.)?(?:layers|layer|h|block)\.\d+)\.")
+
+
+def block_of(name: str) -> str | None:
+    """The transformer block a module lives in ('model.layers.3'), or None outside the blocks."""
+    found = BLOCK.match(name)
+    if found is None:
+        return None
+    # T5 nests 'layer.N' inside 'block.M': the block is the outermost numbered container
+    outer = re.match(r"^((?:.*?\.)?(?:layers|layer|h|block)\.\d+)\.", name)
+    return outer.group(1) if outer else found.group(1)
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """nn.Linear, its quantised kin, or GPT-2's Conv1D."""
+    weight = getattr(layer, "weight", None)
+    return (
+        isinstance(weight, Tensor)
+        and not isinstance(layer, nn.Embedding)
+        and (weight.ndim == 2 or hasattr(weight, "quant_state"))
+    )
+
+
+def is_norm(layer: nn.Module) -> bool:
+    return "norm" in type(layer).__name__.lower() and isinstance(getattr(layer, "weight", None), Tensor)
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """GPT-2's Conv1D keeps its weight as [d_in, d_out]."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def widths(layer: nn.Module) -> tuple[int, int]:
+    """(d_in, d_out) of nn.Linear, its quantised kin, Conv1D or an embedding (vocab, d)."""
+    if hasattr(layer, "in_features"):
+        return int(layer.in_features), int(layer.out_features)
+    shape = tuple(layer.weight.shape)
+    if len(shape) == 1:
+        return shape[0], shape[0]
+    return shape[0], shape[1]
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of the base model, slots left out."""
+    for name, module in model.named_modules():
+        if SLOT not in name.split("."):
+            yield name, module
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """The linear layers inside the transformer blocks: what 'all' may choose from."""
+    return [name for name, layer in layers(model) if block_of(name) and is_linear(layer)]
+
+
+# ---- fused projections ---------------------------------------------------------------------------------------------
+def fused_columns(model: nn.Module, name: str, role: str) -> tuple[Range, ...]:
+    """The output ranges of a fused q/k/v projection that hold `role`."""
+    config, width = model.config, widths(model.get_submodule(name))[1]
+    heads = config.num_attention_heads
+    third = "qkv".index(role)
+    if name.endswith("query_key_value"):  # GPT-NeoX: [heads, (q, k, v), head_dim]
+        dim = width // (3 * heads)
+        return tuple((h * 3 * dim + third * dim, h * 3 * dim + (third + 1) * dim) for h in range(heads))
+    if name.endswith("qkv_proj"):  # Phi-3: q, then the narrower k and v
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        dim = width // (heads + 2 * kv_heads)
+        ends = [0, heads * dim, (heads + kv_heads) * dim, width]
+    else:  # GPT-2 c_attn, ModernBERT Wqkv: three equal parts
+        ends = [0, width // 3, 2 * width // 3, width]
+    return ((ends[third], ends[third + 1]),)
+
+
+def take(y: Tensor, columns: tuple[Range, ...] | None, dim: int = -1) -> Tensor:
+    """The chosen output features of y [*, d_out]."""
+    if columns is None:
+        return y
+    return torch.cat([y.narrow(dim, a, b - a) for a, b in columns], dim)
+
+
+def put(y: Tensor, columns: tuple[Range, ...] | None, part: Tensor, dim: int = -1) -> Tensor:
+    """y with the chosen output features replaced by `part`."""
+    if columns is None:
+        return part
+    pieces, at, used = [], 0, 0
+    for a, b in columns:
+        pieces += [y.narrow(dim, at, a - at), part.narrow(dim, used, b - a)]
+        at, used = b, used + b - a
+    pieces.append(y.narrow(dim, at, y.shape[dim] - at))
+    return torch.cat(pieces, dim)
+
+
+# ---- finding -------------------------------------------------------------------------------------------------------
+def find(model: nn.Module, target: str) -> list[Site]:
+    """The sites that a role, a group of roles, an exact name (or its ending), or a regex over whole names stands for.
+
+    Raises ValueError with the nearest names when nothing matches.
+    """
+    if target == "norm":
+        found = [Site(name, name) for name, layer in layers(model) if is_norm(layer) and block_of(name)]
+    elif target in GROUPS:
+        found = [Site(name, name) for name in block_linears(model) if any(plays(name, role) for role in GROUPS[target])]
+    elif target in ROLES:
+        found = list(role_sites(model, target))
+    else:
+        found = [Site(name, name) for name in named(model, target)]
+    if not found:
+        raise ValueError(no_match(model, target))
+    return found
+
+
+def plays(name: str, role: str) -> bool:
+    """Whether a layer's name plays a role; a fused projection plays q, k and v at once."""
+    if FUSED.search(name):
+        return role in "qkv" and len(role) == 1
+    return re.search(r"(^|\.)" + ROLES[role] + "$", name) is not None
+
+
+def role_sites(model: nn.Module, role: str) -> Iterator[Site]:
+    for name in block_linears(model):
+        if not plays(name, role):
+            continue
+        if FUSED.search(name):
+            yield Site(name, name, fused_columns(model, name, role), role)
+        else:
+            yield Site(name, name)
+
+
+def named(model: nn.Module, target: str) -> list[str]:
+    """Layers called `target`, ending in '.target', or matching it as a regex over the whole name."""
+    candidates = [name for name, layer in layers(model) if name and isinstance(getattr(layer, "weight", None), Tensor)]
+    exact = [name for name in candidates if name == target or name.endswith("." + target)]
+    if exact:
+        return exact
+    try:
+        pattern = re.compile(target)
+    except re.error as error:
+        raise ValueError(
+            f"target {target!r} is neither a layer name nor a valid regular expression ({error})"
+        ) from None
+    return [name for name in candidates if pattern.fullmatch(name)]
+
+
+def no_match(model: nn.Module, target: str) -> str:
+    """The error for a target that matches nothing: what there is, the nearest names, the way out."""
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)})
+    near = difflib.get_close_matches(target, [*CHOICES, *leaves], n=3, cutoff=0.5)
+    hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
+    stacked = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+    moe = f" (its experts are 3-D parameters such as {stacked[0]!r}, which no method adapts yet)" if stacked else ""
+    return (
+        f"target {target!r} matches no layer of {type(model).__name__}{moe}.{hint} "
+        f"Roles: {', '.join(CHOICES)}. Layer names in its blocks: {', '.join(leaves)}. A regex must match a whole name."
+    )
+
+
+def at(model: nn.Module, targets: Iterable[str]) -> list[Site]:
+    """The sites of every target, each once, in the model's order. Every target must match something."""
+    if isinstance(targets, str):
+        targets = (targets,)
+    seen: dict[Site, None] = {}
+    for target in targets:
+        seen.update(dict.fromkeys(find(model, target)))
+    order = {name: i for i, (name, _) in enumerate(layers(model))}
+    return sorted(seen, key=lambda site: order[site.write])
+
+
+def spans(model: nn.Module, read: str, write: str) -> list[Site]:
+    """Pair each `write` layer with the `read` layer in its nearest common parent (self- against cross-attention)."""
+    readers = list({site.write: None for site in find(model, read)})
+    found = []
+    for site in find(model, write):
+        best = max(readers, key=lambda name: common(name, site.write))  # max keeps the first of equals
+        if common(best, site.write) < len(parts(block_of(site.write) or site.write)):
+            raise ValueError(f"{site.write} has no {read!r} layer in its block to read from")
+        found.append(Site(best, site.write, label="span"))
+    return found
+
+
+def parts(name: str) -> list[str]:
+    return name.split(".")
+
+
+def common(a: str, b: str) -> int:
+    """How many leading parts two module names share."""
+    shared = 0
+    for x, y in zip(parts(a), parts(b), strict=False):
+        if x != y:
+            break
+        shared += 1
+    return shared
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a per-target pattern (a role, a name or its ending, a regex) covers the layer `name`."""
+    if pattern in GROUPS:
+        return any(plays(name, role) for role in GROUPS[pattern])
+    if pattern in ROLES:
+        return plays(name, pattern)
+    return name == pattern or name.endswith("." + pattern) or re.fullmatch(pattern, name) is not None
+
+
+# ---- embeddings and heads --------------------------------------------------------------------------------------------
+def trunk(model: nn.Module) -> nn.Module:
+    """The model without its head; the model itself where there is none."""
+    return getattr(model, "base_model", model)
+
+
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    for name, other in model.named_modules(remove_duplicate=False):
+        if other is module:
+            return name
+    raise ValueError(f"{type(module).__name__} is not a part of {type(model).__name__}")
+
+
+def embedding(model: nn.Module) -> str:
+    """The name of the embedding that the (encoder's) forward pass really calls."""
+    source = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    return name_of(model, source.get_input_embeddings())
+
+
+def twins(model: nn.Module, parameter: Tensor) -> list[str]:
+    """The modules that hold this very parameter: more than one when weights are tied."""
+    return [name for name, m in layers(model) if any(p is parameter for p in m._parameters.values())]
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Task heads: top-level modules with parameters, outside the trunk, that are not the vocabulary projection."""
+    inner, output = trunk(model), getattr(model, "get_output_embeddings", lambda: None)()
+    if inner is model:
+        return []
+    return [
+        name
+        for name, child in model.named_children()
+        if child is not inner and child is not output and any(True for _ in child.parameters())
+    ]

@@ -1,0 +1,148 @@
+"""Slot: the one child module an adapted layer gets; its two hooks run the active deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .delta import SLOT, Delta, overrides
+from .site import put, take
+
+
+class Tap:
+    """A span's reading end: remembers the input of one layer until the block it lives in is left."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.on = False  # only an active span records: an idle one would keep tensors alive
+
+    def record(self, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if self.on:
+            self.x = args[0]
+
+    def clear(self, layer: nn.Module, args: object, output: object) -> None:
+        """Runs when the block is left, by return or by exception."""
+        self.x = None
+
+    def read(self, site: str) -> Tensor:
+        if self.x is None:
+            raise RuntimeError(f"the span's read layer {site} did not run before its write layer in this forward pass")
+        return self.x
+
+
+class Slot(nn.ModuleDict):
+    """The deltas of one layer by adapter name. Hooks are bound methods, so that a deep copy runs its own deltas."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.active: tuple[str, ...] = ()
+        self.rows: dict[str, Tensor] | None = None  # adapter name -> the batch rows it applies to
+        self.row_count = 0
+        self.handles: list = []
+        self.hooked: set[str] = set()
+
+    def add(self, layer: nn.Module, name: str, delta: Delta) -> None:
+        """Put `delta` under adapter `name` (several may share it) and register the hooks it needs."""
+        if name not in self:
+            self[name] = nn.ModuleList()
+        self[name].append(delta)
+        if overrides(delta, "before"):
+            self.hook("pre", lambda: layer.register_forward_pre_hook(self.pre))
+        if overrides(delta, "after"):
+            self.hook("post", lambda: layer.register_forward_hook(self.post))
+
+    def hook(self, kind: str, register: Callable[[], object]) -> None:
+        if kind not in self.hooked:
+            self.hooked.add(kind)
+            self.handles.append(register())
+
+    def running(self) -> list[tuple[str, Delta]]:
+        """The deltas to run now, in order. In-place deltas act through the weights, except per row."""
+        return [(n, d) for n in self.active if n in self for d in self[n] if self.rows is not None or not d.inplace]
+
+    @property
+    def attends(self) -> bool:
+        return any(overrides(delta, "attend") for _, delta in self.running())
+
+    def pre(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        for name, delta in self.running():
+            if overrides(delta, "before"):
+                x = self.on_rows(name, x, lambda part, _, d=delta: d.before(layer, part))
+        return (x, *args[1:])
+
+    def post(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        for name, delta in self.running():
+            if overrides(delta, "after"):
+                source = delta.tap.read(delta.site.read) if delta.tap else args[0]
+                part = take(y, delta.site.columns)
+                part = self.on_rows(name, part, lambda p, s, d=delta: d.after(layer, s, p), source)
+                y = put(y, delta.site.columns, part)
+        return y
+
+    def on_rows(self, name: str, y: Tensor, change: Callable, x: Tensor | None = None) -> Tensor:
+        """`change` the whole batch, or only the rows that belong to adapter `name`."""
+        if self.rows is None:
+            return change(y, x)
+        index = self.rows[name]
+        if not index.numel():
+            return y
+        shape, y = y.shape, by_row(y, self.row_count)
+        source = y if x is None else by_row(x, self.row_count)
+        index = index.to(y.device)
+        changed = change(y[index], source[index]).to(y.dtype)
+        return y.index_copy(0, index, changed).reshape(shape)
+
+    def attend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """key, value [batch, kv_heads, seq, head_dim] -> grown at the front by p, and visible [batch, p] or None for all."""
+        if self.rows is None:
+            for _, delta in self.running():
+                key, value = delta.attend(key, value)
+            return key, value, None
+        return self.attend_rows(key, value)
+
+    def attend_rows(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row sees its own adapter's positions: shorter prefixes are padded in front and hidden."""
+        length, repeat = key.shape[2], key.shape[0] // self.row_count
+        owner = {int(i): n for n, index in (self.rows or {}).items() for i in index}
+        grown = []
+        for i in range(key.shape[0]):
+            k, v = key[i : i + 1], value[i : i + 1]
+            for name, delta in self.running():
+                if owner.get(i // repeat) == name:
+                    k, v = delta.attend(k, v)
+            grown.append((k, v))
+        most = max(k.shape[2] for k, _ in grown)
+        visible = torch.tensor(
+            [[j >= most - k.shape[2] for j in range(most - length)] for k, _ in grown], device=key.device
+        )
+        front = [tuple(F.pad(t, (0, 0, most - t.shape[2], 0)) for t in pair) for pair in grown]
+        return (
+            torch.cat([k for k, _ in front]),
+            torch.cat([v for _, v in front]),
+            visible.view(key.shape[0], most - length),
+        )
+
+
+def by_row(x: Tensor, rows: int) -> Tensor:
+    """x [rows * n, ...] -> [rows, n, ...]: some models flatten tokens or expand beams into the first axis."""
+    if x.shape[0] == rows:
+        return x
+    if x.shape[0] % rows:
+        raise ValueError(
+            f"rows() was given {rows} names, but a layer sees a batch of {x.shape[0]}: give one name per row (None: base)"
+        )
+    return x.reshape(rows, x.shape[0] // rows, *x.shape[1:])
+
+
+def slots(model: nn.Module) -> dict[str, Slot]:
+    """layer name -> its slot, for every adapted layer."""
+    return {name.removesuffix(SLOT).rstrip("."): m for name, m in model.named_modules() if isinstance(m, Slot)}
+
+
+def deltas(model: nn.Module, name: str | None = None) -> list[Delta]:
+    """The deltas of one adapter (of all, by default), in the model's order."""
+    return [d for slot in slots(model).values() for n in slot if name in (None, n) for d in slot[n]]

@@ -1,0 +1,233 @@
+"""Save and load adapters: a peft-format folder where peft has the method, a manifest always; strict on every tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..methods.prompt import Rows
+from . import peft_format
+from .attach import STATE, State, activate, attach, attached, detach, known
+from .fingerprint import fingerprint
+from .peft_format import CONFIG, TENSORS, strict
+from .registry import build, spec
+from .slot import slots
+
+MANIFEST, OWN = "deltatune.json", "adapter.safetensors"
+FORMAT = 1
+
+
+def state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """canonical key -> tensor of everything adapter `name` trained; what save writes."""
+    known(model, name)
+    return {
+        f"{delta.site.key}.{key}": tensor
+        for path, slot in slots(model).items()
+        if name in slot
+        for delta in slot[name]
+        for key, tensor in delta.stored(model.get_submodule(path)).items()
+    }
+
+
+def load_state(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into adapter `name`. ValueError when one is missing, unexpected or of another shape."""
+    ours = state(model, name)
+    strict(ours, tensors)
+    with torch.no_grad():
+        for key, tensor in ours.items():
+            tensor.copy_(tensors[key])
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+def save(
+    model: nn.Module, name: str, folder: str | Path, *, base: str | None = None, record: Mapping[str, Any] | None = None
+) -> Path:
+    """Write adapter `name` to `folder`, whole or not at all. `base`: the reference the base was loaded from.
+
+    Writes adapter_config.json only where peft has the method; `record` is kept in the manifest (objective, labels, template).
+    """
+    folder, own = Path(folder), state(model, name)
+    adapted: State = getattr(model, STATE)
+    base = base or public_name(model)
+    kind = peft_format.writable(model, name)
+    config, tensors = peft_format.write(model, name, kind, base) if kind else (None, own)
+    file = TENSORS if kind else OWN
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir(parents=True)
+    save_file(
+        {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary / file, metadata={"format": "pt"}
+    )
+    if config:
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2))
+    manifest = {
+        "format": FORMAT,
+        "methods": spec(adapted.methods[name]),
+        "base": {"fingerprint": adapted.base, "reference": base, "class": type(model).__name__, "vocab": adapted.vocab},
+        "file": file,
+        "sha256": digest(temporary / file),
+        "tensors": {k: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for k, t in own.items()},
+        "record": dict(record or {}),
+    }
+    if adapted.vocab is not None:
+        manifest["base"]["grown_to"] = model.get_input_embeddings().num_embeddings
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
+    replace(temporary, folder)
+    return folder
+
+
+def public_name(model: nn.Module) -> str | None:
+    """The base's name for the manifest: a hub id is kept, of a local path only the folder's own name."""
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    return (Path(name).name if os.path.isabs(name) or Path(name).exists() else name) or None
+
+
+def replace(temporary: Path, folder: Path) -> None:
+    """Put the finished folder in its place; only an older adapter (or an empty folder) is ever overwritten."""
+    for path in (*temporary.iterdir(), temporary):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    if folder.exists():
+        if any(folder.iterdir()) and not any((folder / n).exists() for n in (MANIFEST, CONFIG)):
+            shutil.rmtree(temporary)
+            raise ValueError(
+                f"{folder} exists and is not an adapter folder: choose another place, nothing was overwritten"
+            )
+        old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
+        folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(folder)
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verify: bool = True) -> str:
+    """Attach the adapter saved in `folder` and make it active; returns its name (default: the folder's).
+
+    ValueError on a wrong base, a damaged file, a missing or an unexpected tensor; then the model is as it was.
+    A peft folder without our manifest loads with "base not verified" printed. `verify=False` skips the base check only.
+    """
+    folder = Path(folder)
+    name = name or "".join(c if c.isalnum() or c in "_-" else "_" for c in folder.name)[:64] or "default"
+    manifest = read_manifest(folder)
+    tensors = read_tensors(folder, manifest)
+    if manifest is None:
+        methods = foreign(model, folder, tensors)
+        print(f"{folder.name}: base not verified (a peft folder without {MANIFEST})", file=sys.stderr)
+    else:
+        methods = build(manifest["methods"])
+        prepare(model, manifest, folder, verify)
+    active = known(model).active if attached(model) else ()
+    attach(model, methods, name)
+    try:
+        load_state(model, name, canonical(model, name, tensors, folder))
+    except Exception:
+        detach(model, name)
+        if active:
+            activate(model, *active)
+        raise
+    return name
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None for a foreign peft folder; ValueError when the folder is no adapter at all."""
+    if not folder.is_dir():
+        raise ValueError(f"no adapter folder {str(folder)!r}")
+    path = folder / MANIFEST
+    if not path.exists():
+        if (folder / CONFIG).exists():
+            return None
+        raise ValueError(f"{folder} is no adapter folder: it has neither {MANIFEST} nor {CONFIG}")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}: update deltatune")
+    return manifest
+
+
+def read_tensors(folder: Path, manifest: dict[str, Any] | None) -> dict[str, Tensor]:
+    file = folder / (manifest["file"] if manifest else TENSORS)
+    if not file.exists():
+        raise ValueError(
+            f"{folder} has no {file.name}; pickled files (.bin) are never read: convert them with peft first"
+        )
+    if manifest and digest(file) != manifest["sha256"]:
+        raise ValueError(
+            f"{file} is damaged: sha256 {digest(file)[:16]}..., {MANIFEST} says {manifest['sha256'][:16]}..."
+        )
+    return load_file(file)
+
+
+def foreign(model: nn.Module, folder: Path, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
+    return peft_format.methods(json.loads((folder / CONFIG).read_text()), tensors, model)
+
+
+def canonical(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    return peft_format.read(model, name, tensors) if (folder / CONFIG).exists() else tensors
+
+
+def prepare(model: nn.Module, manifest: dict[str, Any], folder: Path, verify: bool) -> None:
+    """Refuse a wrong base; grow the vocabulary the adapter was trained with."""
+    base = manifest["base"]
+    existing: State | None = getattr(model, STATE, None)
+    actual = existing.base if existing else fingerprint(model, getattr(model, "deltatune_vocab", None))
+    if verify and actual != base["fingerprint"]:
+        raise ValueError(
+            f"{folder.name} was trained on another base: {base['reference'] or base['class']} with fingerprint "
+            f"{base['fingerprint'][:16]}..., this {type(model).__name__} has {actual[:16]}.... "
+            "Load that base (same revision), or pass verify=False if you know that it is the same"
+        )
+    grown = base.get("grown_to")
+    if grown and model.get_input_embeddings().num_embeddings != grown:
+        grow(model, grown)
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+def add_tokens(model: nn.Module, tokenizer: Any, tokens: list[str]) -> tuple[int, ...]:
+    """Add `tokens` to tokenizer and model (new rows: the mean of the old); returns their ids, for NewTokens(ids)."""
+    if attached(model):
+        raise ValueError("add tokens before attaching adapters: they belong to the base the adapters see")
+    tokenizer.add_tokens(tokens)
+    grow(model, max(len(tokenizer), model.get_input_embeddings().num_embeddings))
+    return tuple(int(i) for i in tokenizer.convert_tokens_to_ids(tokens))
+
+
+def grow(model: nn.Module, size: int) -> None:
+    """Resize the vocabulary deterministically, remembering the base's own size for its fingerprint."""
+    old = model.get_input_embeddings().num_embeddings
+    if size <= old:
+        return
+    model.deltatune_vocab = getattr(model, "deltatune_vocab", old)
+    model.resize_token_embeddings(size, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
+
+
+def virtual_ids(model: nn.Module, name: str = "default") -> tuple[int, ...]:
+    """The token ids that stand for adapter `name`'s soft prompt: put them in front of (or anywhere in) the input ids."""
+    known(model, name)
+    rows = [d for slot in slots(model).values() if name in slot for d in slot[name] if isinstance(d, Rows)]
+    return tuple(i for d in rows for i in range(d.offset, d.offset + len(d.prompt_embeddings)))

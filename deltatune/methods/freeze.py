@@ -1,0 +1,71 @@
+"""Freeze tuning and full tuning: train chosen base parameters in place, theta' = theta + delta on a subset."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..core.delta import Delta
+from ..core.inplace import pick
+from ..core.registry import method, nearest
+from ..core.site import Site, block_of, head_modules
+
+
+@method("freeze", paper="1801.06146", kind="selective", mergeable=True, lr=1e-4)
+@dataclass(frozen=True)
+class Freeze:
+    """Train the last n blocks (`last`), the first n (`first`), or the parameters whose names match `names`; the rest is frozen."""
+
+    last: int = 0
+    first: int = 0
+    names: tuple[str, ...] = ()
+
+    def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
+        blocks = list(dict.fromkeys(b for n, _ in model.named_modules() if (b := block_of(n + "."))))
+        n_last = self.last if self.last or self.first or self.names else 2
+        if max(n_last, self.first) > len(blocks):
+            raise ValueError(
+                f"Freeze asks for {max(n_last, self.first)} blocks, {type(model).__name__} has {len(blocks)}"
+            )
+        chosen = {*blocks[len(blocks) - n_last :], *blocks[: self.first]}
+        self.check(model)
+        yield from pick(model, lambda name, _: block_of(name) in chosen or self.named(name))
+
+    def named(self, name: str) -> bool:
+        return any(re.fullmatch(pattern, name) for pattern in self.names)
+
+    def check(self, model: nn.Module) -> None:
+        have = [name for name, _ in model.named_parameters()]
+        for pattern in self.names:
+            if not any(re.fullmatch(pattern, name) for name in have):
+                raise ValueError(
+                    f"Freeze pattern {pattern!r} matches no parameter name.{nearest(pattern, have)} It must match a whole name"
+                )
+
+
+@method("full", paper="1810.04805", kind="selective", mergeable=True, lr=2e-5)
+@dataclass(frozen=True)
+class Full:
+    """Full fine-tuning: every parameter, in place. The baseline that every comparison includes."""
+
+    def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
+        yield from pick(model, lambda name, layer: True)
+
+
+@method("head", paper="1810.04805", kind="selective", mergeable=True, lr=1e-3)
+@dataclass(frozen=True)
+class Head:
+    """The task head alone (linear probing), or beside another method in a list: [LoRA(), Head()]."""
+
+    def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
+        heads = head_modules(model)
+        if not heads:
+            raise ValueError(
+                f"{type(model).__name__} has no task head beside its vocabulary projection: load it for classification"
+            )
+        for site, delta in pick(model, lambda name, _: name.split(".")[0] in heads):
+            delta.conditional = True
+            yield site, delta
