@@ -127,10 +127,15 @@ def index() -> dict[str, Any]:
 
 
 def describe(entry: Entry) -> dict[str, Any]:
-    fields = {f.name: {"type": str(f.type), "default": plain(f.default)} for f in dataclasses.fields(entry.cls)}
+    fields = {f.name: {"type": str(f.type), "default": default_of(f)} for f in dataclasses.fields(entry.cls)}
     doc = (entry.cls.__doc__ or "").strip().splitlines()[0]
     facts = {k: getattr(entry, k) for k in ("paper", "kind", "mergeable", "peft", "lr", "identity")}
     return {**facts, "doc": doc, "fields": fields}
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    made = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    return None if made is dataclasses.MISSING else plain(made)
 
 
 def refused(model: nn.Module) -> dict[str, Refusal]:
