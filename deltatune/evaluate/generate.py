@@ -1,0 +1,447 @@
+"""Text from a model: batched generation that equals one by one, and a token-by-token stream for the chat."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How text is generated: greedy at temperature 0, else sampled from a private generator of `seed`.
+
+    batch_tokens: rows x (longest prompt + max_new_tokens) of one batch stays below it. stop: strings that end an answer
+    and are cut off. prompt_ids: virtual ids (soft prompts) put before every prompt of a decoder, or of an encoder.
+    top_k 0 and top_p 1 mean off; repetition_penalty sees real tokens only, never padding or virtual ids.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    beams: int = 1
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    batch_tokens: int = 8192
+    stop: tuple[str, ...] = ()
+    prompt_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        wrong = {
+            "max_new_tokens": self.max_new_tokens < 1,
+            "temperature": self.temperature < 0,
+            "top_p": not 0 < self.top_p <= 1,
+            "top_k": self.top_k < 0,
+            "beams": self.beams < 1 or (self.beams > 1 and self.temperature > 0),
+            "repetition_penalty": self.repetition_penalty <= 0,
+            "stop": isinstance(self.stop, str) or "" in self.stop,
+        }
+        for name in (n for n, bad in wrong.items() if bad):
+            raise ValueError(f"{name}={getattr(self, name)!r} is no setting for generation: {_LEGAL[name]}")
+
+
+_LEGAL = {
+    "max_new_tokens": "at least 1",
+    "temperature": "0 (greedy) or more",
+    "top_p": "above 0, at most 1 (off)",
+    "top_k": "0 (off) or more",
+    "beams": "at least 1, and more than 1 only at temperature 0",
+    "repetition_penalty": "above 0; 1 is off",
+    "stop": "a tuple of non-empty strings",
+}
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Generated texts in the prompts' order, with what they cost; `cut` rows ran into max_new_tokens."""
+
+    texts: list[str]
+    tokens: int
+    seconds: float
+    cut: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens of all rows by wall-clock time, prompt processing included."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def generate(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], settings: Decoding | None = None) -> list[str]:
+    """The answers to `prompts` (see `ids_of` for what a prompt may be), in their order."""
+    return answers(model, tokenizer, prompts, settings).texts
+
+
+def answers(model: Any, tokenizer: Any, prompts: Sequence[Any], settings: Decoding | None = None) -> Answers:
+    """`generate`, timed. ValueError for an empty prompt, one longer than the model's context, or a model without a
+    language head. The global random state, the modules' training modes and the configuration stay as they were."""
+    settings = settings or Decoding()
+    can_generate(model)
+    seq2seq = bool(model.config.is_encoder_decoder)
+    rows = [[*settings.prompt_ids, *ids_of(tokenizer, prompt, seq2seq)] for prompt in prompts]
+    fits(rows, model, settings.max_new_tokens)
+    found: list[list[int]] = [[] for _ in rows]
+    start = time.perf_counter()
+    with evaluating(model), private_rng(model.device, settings.seed):
+        for group in grouped([len(r) for r in rows], settings.max_new_tokens, settings.batch_tokens):
+            for i, new in zip(group, _batch(model, tokenizer, [rows[i] for i in group], settings), strict=True):
+                found[i] = new
+    seconds = time.perf_counter() - start
+    ends = stop_ids(model, tokenizer) | ({tokenizer.pad_token_id} - {None})  # padding follows a row that ended early
+    done = [_finish(tokenizer, new, ends, settings.stop) for new in found]
+    return Answers([d.text for d in done], sum(d.tokens for d in done), seconds, sum(d.cut for d in done))
+
+
+def can_generate(model: Any) -> None:
+    """ValueError unless the model has a head that generates text."""
+    if not hasattr(model, "can_generate") or not model.can_generate():
+        raise ValueError(
+            f"{type(model).__name__} cannot generate text: it has no language head that predicts the next token. "
+            "Load it as a causal or an encoder-decoder model, or measure it with labels instead"
+        )
+
+
+def ids_of(tokenizer: Any, prompt: Any, seq2seq: bool = False) -> list[int]:
+    """Token ids of one prompt: a string, token ids, chat messages (mappings or turns), an example, or an encoded row.
+
+    A chat ends with the marker that opens the assistant's turn; a trailing assistant turn is the reference and is left
+    out. An encoded row of a decoder ends before its first supervised token.
+    """
+    if isinstance(prompt, str):
+        return _open(tokenizer, prompt, seq2seq)
+    if hasattr(prompt, "ids"):
+        return _unlabelled(prompt)
+    tools = getattr(prompt, "tools", None)
+    if hasattr(prompt, "turns"):
+        prompt = prompt.turns or _question(prompt)
+        return (
+            ids_of(tokenizer, prompt, seq2seq) if isinstance(prompt, str) else _chat(tokenizer, prompt, tools, seq2seq)
+        )
+    prompt = list(prompt)
+    return prompt if prompt and isinstance(prompt[0], int) else _chat(tokenizer, prompt, None, seq2seq)
+
+
+def _open(tokenizer: Any, text: str, seq2seq: bool) -> list[int]:
+    """Ids of a text that is to be continued: a decoder must not see an end token that the tokenizer appends."""
+    ids = list(tokenizer(text)["input_ids"])
+    appended = not seq2seq and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if appended else ids
+
+
+def _chat(tokenizer: Any, turns: Sequence[Any], tools: Any, seq2seq: bool) -> list[int]:
+    text = chat_text(tokenizer, turns, tools)
+    return list(tokenizer(text, add_special_tokens=seq2seq)["input_ids"])
+
+
+def _unlabelled(encoded: Any) -> list[int]:
+    if encoded.decoder or encoded.labels is None:
+        return list(encoded.ids)
+    first = next((i for i, label in enumerate(encoded.labels) if label != -100), len(encoded.ids))
+    return list(encoded.ids[:first])
+
+
+def _question(example: Any) -> str:
+    for part in (example.prompt, example.text):
+        if part:
+            return part
+    raise ValueError(f"{example.where}: a row of kind {example.kind!r} has no prompt to answer")
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Any], tools: Any = None) -> str:
+    """The chat template's text up to where the assistant is to answer; ValueError without a template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError(
+            "the tokenizer has no chat template, so chat messages cannot be rendered; "
+            "use a chat model, set tokenizer.chat_template, or give prompts as plain strings"
+        )
+    plain = [_message(m) for m in messages]
+    while plain and plain[-1]["role"] == "assistant":
+        plain.pop()
+    if not plain:
+        raise ValueError("a chat without a user's turn cannot be answered")
+    return tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=True)
+
+
+def _message(turn: Any) -> dict[str, Any]:
+    return dict(turn) if isinstance(turn, Mapping) else turn.message()
+
+
+def context_length(model: Any) -> int | None:
+    """How many positions the model has (decoder side included), None for relative positions without a limit."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return None if config.model_type in {"t5", "mt5", "longt5", "umt5"} else limit
+
+
+def fits(rows: Sequence[Sequence[int]], model: Any, new: int) -> None:
+    """ValueError if a prompt is empty or does not fit the model's context together with `new` tokens."""
+    limit = context_length(model)
+    for i, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"prompt {i} is empty after tokenisation; there is nothing to continue")
+        length = max(len(row), new) if model.config.is_encoder_decoder else len(row) + new
+        if limit is not None and length > limit:
+            raise ValueError(
+                f"prompt {i} has {len(row)} tokens and max_new_tokens={new}, together more than the model's {limit} "
+                "positions; shorten the prompt or lower max_new_tokens"
+            )
+
+
+def grouped(lengths: Sequence[int], new: int, budget: int) -> Iterator[list[int]]:
+    """Row numbers in batches, longest first (memory runs out at once or never), each within the token budget."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    while order:
+        size = max(1, budget // (lengths[order[0]] + new))
+        yield order[:size]
+        order = order[size:]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout, no gradient checkpointing); afterwards every module's own mode is restored."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def private_rng(device: torch.device | str, seed: int) -> Iterator[None]:
+    """Seed torch's generators of the CPU and of `device` inside, and leave them as they were before."""
+    device = torch.device(device)
+    kind = None if device.type == "cpu" else device.type
+    with torch.random.fork_rng(devices=[device] if kind else [], device_type=kind):
+        torch.default_generator.manual_seed(seed)
+        if kind:
+            torch.get_device_module(kind).manual_seed(seed)
+        yield
+
+
+def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Every id that ends an answer: the end tokens of the generation config, the tokenizer and the chat template."""
+    ids: set[int] = set()
+    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+        end = getattr(source, "eos_token_id", None)
+        ids.update(end if isinstance(end, list | tuple) else [] if end is None else [end])
+    return ids | end_of_turn(tokenizer)
+
+
+def end_of_turn(tokenizer: Any) -> set[int]:
+    """The special token the chat template puts after an assistant's words; empty where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return set()
+    words = "deltatune-answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
+    rest = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(words)[2]
+    ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+    return set(ids[:1]) & special
+
+
+def padding_id(model: Any, tokenizer: Any) -> int:
+    """An id for padding; any will do under the attention mask, a real one keeps the embedding in range."""
+    ends = sorted(stop_ids(model, tokenizer))
+    return next((i for i in (tokenizer.pad_token_id, *ends) if i is not None), 0)
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor, Tensor]:
+    """ids and attention mask [rows, longest]."""
+    width = max(map(len, rows))
+    gaps = [width - len(r) for r in rows]
+    ids = [[pad] * g + list(r) if left else list(r) + [pad] * g for r, g in zip(rows, gaps, strict=True)]
+    mask = [[0] * g + [1] * len(r) if left else [1] * len(r) + [0] * g for r, g in zip(rows, gaps, strict=True)]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+class Repetition:
+    """The repetition penalty (Keskar et al. 2019, arXiv:1909.05858) over real tokens: a batch then equals one by one.
+
+    transformers' own also counts the padding of a batch, and with it often the end-of-turn token.
+    """
+
+    def __init__(self, penalty: float, mask: Tensor) -> None:
+        self.penalty, self.mask = penalty, mask
+
+    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """ids [rows, seq], scores [rows, vocab] -> scores."""
+        vocab, width = scores.shape[1], self.mask.shape[1]
+        mask = self.mask.repeat_interleave(ids.shape[0] // self.mask.shape[0], dim=0).bool()
+        real = torch.ones_like(ids, dtype=torch.bool)
+        real[:, :width] = mask
+        seen = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
+        seen.scatter_(1, torch.where(real & (ids < vocab), ids, vocab), True)
+        weaker = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
+        return torch.where(seen[:, :vocab], weaker, scores)
+
+
+class Stop:
+    """Ends a row once its new text holds one of the stop strings."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt: int) -> None:
+        self.tokenizer, self.stop, self.prompt = tokenizer, stop, prompt
+        self.tail = 4 * max(map(len, stop)) + 4  # a character takes at most four byte tokens
+
+    def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """ids [rows, seq] -> done [rows]."""
+        new = ids[:, self.prompt :][:, -self.tail :]
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in new.tolist()]
+        return torch.tensor([any(s in text for s in self.stop) for text in texts], device=ids.device)
+
+
+# What a model's own generation config says about its form, not about taste.
+_STRUCTURE = (
+    "bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
+    "suppress_tokens", "begin_suppress_tokens",
+)  # fmt: skip
+
+
+def _config(model: Any, tokenizer: Any, settings: Decoding) -> Any:
+    """A complete generation config: what a model's own file asks for (sampling, penalties) must not creep in."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    sampled = settings.temperature > 0
+    return GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        max_length=None,
+        do_sample=sampled,
+        num_beams=settings.beams,
+        repetition_penalty=1.0,
+        eos_token_id=sorted(stop_ids(model, tokenizer)) or None,
+        pad_token_id=padding_id(model, tokenizer),
+        use_cache=True,
+        **{name: getattr(own, name, None) for name in _STRUCTURE},
+        **({"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k} if sampled else {}),
+    )
+
+
+@contextmanager
+def _defaults(model: Any, config: Any) -> Iterator[None]:
+    """`config` as the model's own: generate() fills what a given config leaves open from the model's."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _batch(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: Decoding) -> list[list[int]]:
+    """The new ids of each row of one batch, padding and end tokens included."""
+    seq2seq = bool(model.config.is_encoder_decoder)
+    ids, mask = (t.to(model.device) for t in padded(rows, padding_id(model, tokenizer), left=not seq2seq))
+    skip = 1 if seq2seq else ids.shape[1]
+    more: dict[str, Any] = {}
+    if settings.repetition_penalty != 1:
+        seen = mask[:, :0] if seq2seq else mask
+        more["logits_processor"] = _list("LogitsProcessorList", Repetition(settings.repetition_penalty, seen))
+    if settings.stop:
+        more["stopping_criteria"] = _list("StoppingCriteriaList", Stop(tokenizer, settings.stop, skip))
+    with _defaults(model, _config(model, tokenizer, settings)), torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=mask, **more)
+    return out[:, skip:].tolist()
+
+
+def _list(kind: str, item: Any) -> Any:
+    import transformers
+
+    return getattr(transformers, kind)([item])
+
+
+@dataclass(frozen=True)
+class _Done:
+    """One answer: its text, the tokens spent on it (the end token is one), and whether it was cut short."""
+
+    text: str
+    tokens: int
+    cut: bool
+
+
+def _finish(tokenizer: Any, new: Sequence[int], ends: set[int], stop: tuple[str, ...]) -> _Done:
+    """The text before the first end token or stop string."""
+    end = next((i for i, token in enumerate(new) if token in ends), None)
+    body = [t for t in new[:end] if t < len(tokenizer)]  # a padded output layer may name ids no tokenizer knows
+    text = tokenizer.decode(body, skip_special_tokens=True)
+    kept = _until(text, stop)
+    return _Done(kept, len(new) if end is None else end + 1, end is None and kept == text)
+
+
+def _until(text: str, stop: tuple[str, ...]) -> str:
+    places = [text.find(s) for s in stop if s in text]
+    return text[: min(places)] if places else text
+
+
+def stream(model: Any, tokenizer: Any, messages: Sequence[Any], settings: Decoding | None = None) -> Iterator[str]:
+    """Pieces of the answer to a chat (or any single prompt) as they are made; joined, they are `generate`'s text.
+
+    The model is in evaluation mode until the iterator ends or is closed. Sampling draws from a generator of its own.
+    """
+    settings = settings or Decoding()
+    can_generate(model)
+    if model.config.is_encoder_decoder or settings.beams > 1:
+        raise ValueError("stream() makes one token after the other: causal models without beams; use generate()")
+    rows = [[*settings.prompt_ids, *ids_of(tokenizer, messages)]]
+    fits(rows, model, settings.max_new_tokens)
+    return _pieces(tokenizer, _tokens(model, tokenizer, rows[0], settings), settings.stop)
+
+
+def _tokens(model: Any, tokenizer: Any, prompt: Sequence[int], settings: Decoding) -> Iterator[int]:
+    """New ids one by one with the key-value cache, up to the end token (which is not given)."""
+    ids = torch.tensor([prompt], device=model.device)
+    generator = torch.Generator(model.device).manual_seed(settings.seed)
+    penalty = Repetition(settings.repetition_penalty, torch.ones_like(ids))
+    stops, cache = stop_ids(model, tokenizer), None
+    with evaluating(model):
+        for _ in range(settings.max_new_tokens):
+            fed = ids if cache is None else ids[:, -1:]
+            with torch.no_grad():  # not around the yield: the caller's own gradient mode must not change
+                out = model(input_ids=fed, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            token = _choose(penalty(ids, out.logits[:, -1].float()), ids, settings, generator)
+            if token in stops:
+                return
+            yield token
+            ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], dim=1)
+
+
+def _choose(scores: Tensor, ids: Tensor, settings: Decoding, generator: torch.Generator) -> int:
+    """The next id from scores [1, vocab]."""
+    if settings.temperature == 0:
+        return int(scores.argmax())
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = TemperatureLogitsWarper(float(settings.temperature))(ids, scores)
+    scores = TopKLogitsWarper(settings.top_k)(ids, scores) if settings.top_k else scores
+    scores = TopPLogitsWarper(settings.top_p)(ids, scores) if settings.top_p < 1 else scores
+    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+
+
+def _pieces(tokenizer: Any, tokens: Iterator[int], stop: tuple[str, ...]) -> Iterator[str]:
+    """Text as soon as it is certain: no half characters, and nothing that may be the beginning of a stop string."""
+    seen: list[int] = []
+    given = 0
+    for token in tokens:
+        seen.append(token)
+        text = tokenizer.decode(seen, skip_special_tokens=True)
+        kept = _until(text, stop)
+        if len(kept) < len(text):
+            yield from _new(kept, given)
+            return
+        sure = len(text) if not text.endswith("\ufffd") else given
+        sure -= max((n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        if sure > given:
+            yield text[given:sure]
+            given = sure
+    yield from _new(tokenizer.decode(seen, skip_special_tokens=True), given)
+
+
+def _new(text: str, given: int) -> Iterator[str]:
+    if len(text) > given:
+        yield text[given:]
