@@ -285,7 +285,7 @@ def read_parquet(stream: io.BufferedReader, place: Place) -> Iterator[Row]:
 
 def read_arrow(stream: io.BufferedReader, place: Place) -> Iterator[Row]:
     """Arrow IPC: the file form or the stream form (which `datasets` writes)."""
-    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow
 
     source = _seekable(stream)
     if source.read(6) == b"ARROW1":
