@@ -172,10 +172,13 @@ def _message(turn: Any) -> dict[str, Any]:
 
 
 def context_length(model: Any) -> int | None:
-    """How many positions the model has (decoder side included), None for relative positions without a limit."""
+    """How many positions the model has, None for relative positions without a limit (the T5 family)."""
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return None if config.model_type in {"t5", "mt5", "longt5", "umt5"} else limit
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or config.model_type in {"t5", "mt5", "umt5", "longt5"}:
+        return None
+    after_padding = "roberta" in config.model_type or config.model_type == "camembert"
+    return limit - config.pad_token_id - 1 if after_padding else limit  # their positions start behind the padding's
 
 
 def fits(rows: Sequence[Sequence[int]], model: Any, new: int) -> None:
