@@ -177,8 +177,8 @@ def block_problems(
     for field, value in given.items():
         here = (*spot, name, str(field))
         if field not in fields:
-            there = ", ".join(fields) or "none"
-            problems.append(Problem(here, f"unknown field; {name} has {there}{nearest(str(field), fields)}"))
+            has = ", ".join(fields) or "none"
+            problems.append(Problem(here, f"unknown field; {name} has {has}{nearest(str(field), fields)}"))
         elif not fits(value, fields[field].get("type", "Any")):
             problems.append(Problem(here, f"{value!r}: {spoken(fields[field]['type'])} is wanted"))
     for field, entry in fields.items():

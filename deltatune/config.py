@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deltatune import blocks
 from deltatune.aliases import Draft, override, rivals, shape
@@ -39,6 +39,26 @@ def named(value: Any) -> Any:
     if isinstance(value, Mapping) or value is None:
         return value
     return {re.sub(r"\W+", "-", Path(ref).stem) or "ood": [ref] for ref in listed(value)}
+
+
+def known_format(value: str) -> str:
+    """auto, or a format that rows can be read in."""
+    if value == "auto":
+        return value
+    from deltatune.data.formats import FORMATS
+
+    if value not in ("auto", *FORMATS):
+        raise ValueError(f"choose auto, {', '.join(FORMATS)}{nearest(value, FORMATS)}")
+    return value
+
+
+def renamed(value: Any) -> dict[str, str] | tuple[str, ...]:
+    """Columns as a mapping of words, or as a list of words."""
+    if isinstance(value, Mapping) and all(isinstance(part, str) for pair in value.items() for part in pair):
+        return dict(value)
+    if isinstance(value, (list, tuple)) and all(isinstance(part, str) for part in value):
+        return tuple(value)
+    raise ValueError("give {your column: known name}, or a list of names")
 
 
 def dtype(value: Any) -> Any:
@@ -83,8 +103,10 @@ class Data(Section):
     """Held-out rows, measured before and after."""
     ood: Annotated[dict[str, Refs], BeforeValidator(named)] = Field(default_factory=dict)
     """Further sets by name, measured beside eval."""
-    format: str = "auto"
-    """Row format; auto looks at the rows."""
+    format: Annotated[str, AfterValidator(known_format)] = "auto"
+    """Row format; auto looks at the columns."""
+    columns: Annotated[Any, AfterValidator(renamed), Field(json_schema_extra={"type": ["object", "array"]})] = ()
+    """{your column: the known name}; a list names the columns of a csv without a header."""
     packing: Switch = "auto"
     """Several rows in one sequence, without attention between them."""
 
@@ -177,9 +199,7 @@ class Config(Section):
 
     model: Model
     method: Annotated[tuple[dict[str, dict[str, Any]], ...], Field(min_length=1)] = ({"lora": {}},)
-    objective: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)] = Field(
-        default_factory=lambda: {"sft": {}}
-    )
+    objective: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)] = {"sft": {}}
     data: Data
     strategy: None = None
     train: Train = Train()
@@ -220,7 +240,7 @@ SECTIONS: dict[str, type[Section]] = {
 FIELDS: dict[str, tuple[str, ...]] = {
     name: tuple(SECTIONS[name].model_fields) if name in SECTIONS else () for name in Config.model_fields
 }
-LATER = {
+LATER: dict[Spot, str] = {
     ("model", "quant"): "quantised base models are not in this version; leave quant out (there are fp32 and bf16, "
     "see model.dtype)",
     ("strategy",): "strategies are not in this version; one data set or a list of them (data.train) is trained as it "

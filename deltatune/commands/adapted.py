@@ -1,0 +1,164 @@
+"""`deltatune eval`, `generate` and `merge`: a base model with or without an adapter, put to use."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltatune.commands.methods import Json
+from deltatune.commands.runs import read_json, settings
+from deltatune.commands.shell import emit, machine, main, screen
+from deltatune.commands.train import Sets, given
+from deltatune.config import load
+from deltatune.marks import read_value
+from deltatune.terminal import plain
+
+Model = Annotated[str | None, typer.Option("--model", help="Base model; left out: the one the adapter's run names.")]
+Adapter = Annotated[Path | None, typer.Option("--adapter", help="An adapter folder, or the run folder that holds it.")]
+
+
+def located(model: str | None, adapter: Path | None) -> tuple[str, Path | None]:
+    """The base model's reference and the adapter's own folder, whichever way the user named them.
+
+    Raises ValueError: no such folder, or no model to be found.
+    """
+    if adapter is None:
+        if model is None:
+            raise ValueError("--model REF or --adapter DIR must be given")
+        return model, None
+    if not adapter.is_dir():
+        raise ValueError(f"{adapter}: there is no such adapter folder")
+    folder = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
+    named = [settings(run)["model"] for run in (adapter, adapter.parent) if (run / "config.yaml").is_file()]
+    manifest = (read_json(folder / "deltatune.json").get("base") or {}).get("reference")
+    peft = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    found = next((name for name in (model, *named, manifest, peft) if name), None)
+    if found is None:
+        raise ValueError(f"{adapter} does not say which model it belongs to; add --model REF")
+    return str(found), folder
+
+
+def opened(model: str | None, adapter: Path | None) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, what the adapter's run recorded about its objective)."""
+    ref, folder = located(model, adapter)
+    from deltatune.train.run import open_adapted
+
+    return open_adapted(ref, folder)
+
+
+def measuring(sets: Sequence[str] | None) -> Any:
+    """The eval section of a configuration with `--set eval.x=y` applied; other sections are refused."""
+    overrides = given({}, sets)
+    foreign = [override.name for override in overrides if not override.name.startswith("eval.")]
+    if foreign:
+        raise ValueError(f"--set {foreign[0]}: only eval.* can be set here")
+    return load({"model": "any", "data": "any"}, overrides).config.eval
+
+
+@main.command("eval")
+def evaluate(
+    data: Annotated[str, typer.Option(help="Rows to measure on.")],
+    model: Model = None,
+    adapter: Adapter = None,
+    objective: Annotated[str | None, typer.Option(help="sft, classify, cloze, or YAML; left out: the run's.")] = None,
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Measure a model, with or without an adapter, on a file."""
+    section = measuring(set_)
+    wanted = None
+    if objective is not None:
+        tree = {"model": "any", "data": "any", "objective": read_value(objective)}
+        wanted = load(tree).config.objective
+    loaded, tokenizer, record = opened(model, adapter)
+    from deltatune.train.run import evaluate_file
+
+    result = evaluate_file(loaded, tokenizer, wanted or record, data, section)
+    if machine():
+        emit(result)
+        return
+    for key, value in result.items():
+        screen().print(plain(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"), markup=False)
+
+
+def prompts_of(ref: str) -> list[Any]:
+    """The rows of a data reference as examples; a row that cannot be used is an error with its line."""
+    from deltatune.data.formats import convert
+    from deltatune.data.sources import read
+
+    return [convert(row) for row in read(ref)]
+
+
+@main.command()
+def generate(
+    model: Model = None,
+    adapter: Adapter = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; a chat model gets it as the user's turn.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows whose prompts are answered.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as plain text, without chat template.")
+    ] = False,
+    json_: Json = False,
+) -> None:
+    """Answer prompts."""
+    if bool(prompt) == (data is not None):
+        raise ValueError("give --prompt TEXT or --data FILE, one of them")
+    asked: list[Any] = prompts_of(data) if data is not None else list(prompt or ())
+    loaded, tokenizer, _ = opened(model, adapter)
+    from deltatune.evaluate.generate import Decoding, answers
+
+    chat = bool(getattr(tokenizer, "chat_template", None)) and not raw
+    ready = [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in asked]
+    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    found = answers(loaded, tokenizer, ready, decoding)
+    where = [getattr(p, "where", "") or p for p in asked]
+    if machine():
+        rows = [{"prompt": str(w), "answer": text} for w, text in zip(where, found.texts, strict=True)]
+        cost = {"tokens": found.tokens, "seconds": found.seconds, "cut": found.cut}
+        emit({"answers": rows, **cost})
+        return
+    for source, text in zip(where, found.texts, strict=True):
+        if len(asked) > 1:
+            screen().print(f"# {plain(str(source))}", markup=False, style="dim", soft_wrap=True)
+        screen().print(plain(text), markup=False, soft_wrap=True)
+
+
+@main.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder or a run folder.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the merged model.")],
+    model: Model = None,
+    json_: Json = False,
+) -> None:
+    """Write the base with the adapter merged in, as an ordinary model folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; name a new folder")
+    loaded, tokenizer, _ = opened(model, adapter)
+    from deltatune.core.attach import attached
+    from deltatune.core.attach import merge as merged
+
+    (name,) = attached(loaded)
+    whole: Any = merged(loaded, name)
+    # A folder that is there is whole: written beside its place, then renamed.
+    part = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        whole.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    if machine():
+        emit({"merged": str(out), "adapter": str(adapter)})
+    else:
+        screen().print(f"merged model in {out}", markup=False)

@@ -1,0 +1,133 @@
+"""`deltatune train` and `deltatune resume`: a configuration becomes a run folder."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltatune.commands.methods import Json
+from deltatune.commands.shell import DONE, STOPPED, UNVERIFIED, emit, machine, main, note, screen
+from deltatune.config import ConfigError, Override, dump, load, resolve
+from deltatune.marks import Problem, read_value
+
+Out = Annotated[
+    Path | None, typer.Option("--out", help="The run folder itself (left out: runs/<time>-<method>-<model>).")
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="a.b=value over the file, with a YAML value; repeatable.")
+]
+
+
+def given(flags: dict[str, Any], sets: Sequence[str] | None) -> list[Override]:
+    """Flags and --set as overrides, --set last; every --set that is not a.b=value is named."""
+    found = [Override(name, value, flag) for flag, (name, value) in flags.items() if value not in (None, [])]
+    problems: list[Problem] = []
+    for text in sets or ():
+        try:
+            found.append(Override.parse(text))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def finish(run: Any) -> None:
+    """Show a run's end screen, or its summary as JSON, and leave with its exit code."""
+    if machine():
+        emit({"run": str(run.dir), "status": run.status, **run.summary})
+    else:
+        screen().print(run.screen())
+    if run.status == "interrupted":
+        note(f"interrupted; go on with: deltatune resume {run.dir}")
+        raise typer.Exit(128 + int(run.summary.get("signal") or signal.SIGINT))
+    code = {"stopped": STOPPED, "unverified": UNVERIFIED}.get(run.status, DONE)
+    if code:
+        raise typer.Exit(code)
+
+
+def observers(save_every: int | None = None) -> list[Any]:
+    """Who watches the loop: a bar on a terminal, plain lines elsewhere, both on standard error."""
+    from deltatune.train.progress import progress
+
+    return [progress(quiet=machine(), save_every=save_every or 0)]
+
+
+@main.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file; RUN/config.yaml repeats a run.")] = None,
+    model: Annotated[str | None, typer.Option(help="Base model: folder, hub id or pypi:PACKAGE.")] = None,
+    method: Annotated[str | None, typer.Option(help="A name, or YAML such as '{lora: {r: 16}}'.")] = None,
+    objective: Annotated[str | None, typer.Option(help="sft, classify, cloze, or YAML with fields.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Training rows; repeatable.")] = None,
+    eval_: Annotated[list[str] | None, typer.Option("--eval", help="Held-out rows; repeatable.")] = None,
+    out: Out = None,
+    set_: Sets = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it would cost.")] = False,
+    nproc: Annotated[int, typer.Option(help="Processes on this machine.", min=1)] = 1,
+    json_: Json = False,
+) -> None:
+    """Train, measured before and after. Without arguments: the quickstart on real data."""
+    if nproc > 1:
+        raise ConfigError([Problem((), f"{nproc} processes are not in this version; leave it out", "--nproc")])
+    flags = {
+        "--model": ("model.name", model),
+        "--method": ("method", read_value(method) if method else None),
+        "--objective": ("objective", read_value(objective) if objective else None),
+        "--data": ("data.train", data),
+        "--eval": ("data.eval", eval_),
+    }
+    over = given(flags, set_)
+    if config is None and not over and not dry_run:
+        from deltatune.train.run import quickstart
+
+        finish(quickstart(out, observers=observers()))
+        return
+    loaded = load(config, over)
+    resolved = resolve(loaded.config)
+    for line in (*loaded.notes, *(f"chosen: {choice}" for choice in resolved.chosen)):
+        note(line)
+    if dry_run:
+        foresee(resolved.config, resolved.chosen)
+        return
+    from deltatune.train.run import run
+
+    finish(run(resolved.config, out=out, observers=observers(resolved.config.train.save_every)))
+
+
+def foresee(config: Any, chosen: Sequence[str]) -> None:
+    """The resolved configuration and the predicted cost; nothing is trained or written."""
+    from deltatune.train.run import plan
+
+    predicted = plan(config)
+    if machine():
+        emit({"config": config.model_dump(), "chosen": list(chosen), "plan": predicted})
+        return
+    screen().print(dump(config), markup=False, soft_wrap=True)
+    for key, value in predicted.items():
+        screen().print(f"{key}: {value}", markup=False, soft_wrap=True)
+
+
+@main.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+    restart: Annotated[bool, typer.Option("--restart", help="Discard the checkpoints and start over.")] = False,
+    json_: Json = False,
+) -> None:
+    """Go on from the newest valid checkpoint to the end; a finished run says so."""
+    from deltatune.commands.runs import check_run
+
+    check_run(folder)
+    if restart:
+        from deltatune.train.checkpoint import Store
+
+        store = Store(folder / "checkpoints")
+        with store.lock():
+            store.discard()
+    from deltatune.train.run import resume as go_on
+
+    finish(go_on(folder, observers=observers()))
