@@ -167,21 +167,38 @@ def rows() -> dict[str, Path]:
 # --- scoring ---
 
 
-def fields(text: str) -> dict[str, str] | None:
-    """The answer's fields when it is one JSON object of the schema (known keys, non-empty strings), else None."""
+def valid(answer: str) -> bool:
+    """Whether the answer is what was asked for and nothing else: one JSON object, known keys, non-empty strings."""
     try:
-        found = json.loads(text.strip())
+        found = json.loads(answer.strip())
     except ValueError:
-        return None
+        return False
     if not isinstance(found, dict) or not found or not set(found) <= set(FIELDS):
-        return None
-    return found if all(isinstance(value, str) and value for value in found.values()) else None
+        return False
+    return all(isinstance(value, str) and value for value in found.values())
+
+
+def fields(answer: str) -> dict[str, str]:
+    """The fields of the first JSON object in the answer, read kindly.
+
+    Words and code fences around it are forgiven, so are numbers for strings, empty values and other keys: the
+    untuned model gets credit for all it knows.
+    """
+    try:
+        found, _ = json.JSONDecoder().raw_decode(answer, max(answer.find("{"), 0))
+    except ValueError:
+        return {}
+    if not isinstance(found, dict):
+        return {}
+    return {k: str(v).strip() for k, v in found.items() if k in FIELDS and v and not isinstance(v, dict | list)}
 
 
 def score(answer: str, reference: str) -> dict[str, float]:
-    """valid (the answer keeps the schema), exact (every field right, none extra) and field F1, each in [0, 1]."""
-    wanted, found = fields(reference) or {}, fields(answer)
-    if found is None:
-        return {"valid": 0.0, "exact": 0.0, "field_f1": 0.0}
+    """valid (the schema is kept to the letter), exact (every field right, none extra) and field F1, in [0, 1]."""
+    wanted, found = fields(reference), fields(answer)
     right = len(set(found.items()) & set(wanted.items()))
-    return {"valid": 1.0, "exact": float(found == wanted), "field_f1": 2 * right / (len(found) + len(wanted))}
+    return {
+        "valid": float(valid(answer)),
+        "exact": float(found == wanted),
+        "field_f1": 2 * right / (len(found) + len(wanted)),
+    }
