@@ -118,7 +118,7 @@ def translate(draft: Draft) -> None:
         inside = draft.data.get(section)
         if isinstance(inside, Mapping) and section != "objective":
             draft.data[section] = inside = dict(inside)
-            for name in [key for key in inside if key not in known and key in FAMILIAR]:
+            for name in [key for key in inside if key not in known and at_home(str(key), section)]:
                 take(draft, (section, name), spot_of(FAMILIAR[name]), name)
     for i, block in enumerate(draft.data.get("method") or []):
         if isinstance(block, Mapping) and isinstance(block.get("lora"), Mapping):
@@ -126,6 +126,12 @@ def translate(draft: Draft) -> None:
             for name in [key for key in block["lora"] if key not in known]:
                 if FAMILIAR.get(name, "").startswith("method.lora."):
                     take(draft, ("method", i, "lora", name), spot_of(FAMILIAR[name]), name)
+
+
+def at_home(name: str, section: str) -> bool:
+    """Whether a familiar name may stand in this section: only in its own, but data has a length in many programs."""
+    target = FAMILIAR.get(name, "")
+    return target.startswith(f"{section}.") or (section, target) == ("data", "train.max_length")
 
 
 def spot_of(name: str) -> Spot:
@@ -220,7 +226,7 @@ def override(draft: Draft, name: str, value: Any, where: str) -> None:
     parts[0] = "method" if parts[0] == "adapter" else parts[0]
     known = draft.fields.get(parts[0], ())
     alias = parts[-1] if (len(parts) == 1 and parts[0] not in draft.fields) or parts[-1] not in known else ""
-    if len(parts) <= 2 and alias in FAMILIAR:
+    if alias in FAMILIAR and (len(parts) == 1 or (len(parts) == 2 and at_home(alias, parts[0]))):
         draft.notes.append(f"{where}: {alias} is read as {FAMILIAR[alias]}")
         value, parts = TRANSLATED.get(alias, lambda same: same)(value), FAMILIAR[alias].split(".")
     if len(parts) == 1 and parts[0] in SHORT and not isinstance(value, Mapping):

@@ -149,7 +149,11 @@ class Walk:
         self.nodes += 1
         if len(spot) > DEEPEST or self.nodes > MOST_NODES:
             raise yaml.MarkedYAMLError(problem="nested too deeply or repeats itself", problem_mark=node.start_mark)
-        self.lines.setdefault(spot, self.at(node))
+        if spot:
+            self.lines.setdefault(spot, self.at(node))
+        kind = {yaml.MappingNode: "map", yaml.SequenceNode: "seq"}.get(type(node))
+        if kind and node.tag != f"tag:yaml.org,2002:{kind}":
+            raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not allowed", problem_mark=node.start_mark)
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, spot)
         if isinstance(node, yaml.SequenceNode):

@@ -87,11 +87,14 @@ def evaluate(
 
 
 def prompts_of(ref: str) -> list[Any]:
-    """The rows of a data reference as examples; a row that cannot be used is an error with its line."""
-    from deltatune.data.formats import convert
-    from deltatune.data.sources import read
+    """The rows of a data reference as examples; every row that cannot be used is named with its line."""
+    from deltatune.data.formats import examples
+    from deltatune.data.problems import Problems
 
-    return [convert(row) for row in read(ref)]
+    problems = Problems()
+    found = list(examples(ref, problems))
+    problems.refuse()
+    return found
 
 
 @main.command()

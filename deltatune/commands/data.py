@@ -40,5 +40,5 @@ def check(
         emit(report.to_json())
     else:
         report.print(screen())
-    if getattr(report, "errors", None):
+    if not report.ok:
         raise typer.Exit(BAD_INPUT)

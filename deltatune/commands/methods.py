@@ -44,7 +44,7 @@ def refusals(model: str | None) -> dict[str, str]:
         found = {name: str(reason) for name, reason in refused(skeleton(model)).items()}
     for name in blocks.presets():
         parts = [part for block in blocks.preset(name) for part in block]
-        found |= {name: found[part] for part in parts if part in found}
+        found.update((name, found[part]) for part in parts if part in found)
     return found
 
 
@@ -78,7 +78,7 @@ def methods(
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("name", "paper", "kind", "merge", "peft", "defaults"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
+        table.add_column(column, overflow="fold", no_wrap=column != "defaults")
     for record in records:
         what = f"refused: {record['refused']}" if "refused" in record else spelled(record)
         paper = f"arXiv:{record['paper']}" if record["paper"] else ""

@@ -8,9 +8,10 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, TextIO
 
 import typer
@@ -35,6 +36,7 @@ EXIT_CODES = (
     "130 / 143 interrupted with a valid checkpoint."
 )
 
+LINE = 120  # columns of a table in a file or a pipe
 # Standard output while a command must answer with one JSON document; None when people read along.
 MACHINE: ContextVar[TextIO | None] = ContextVar("machine", default=None)
 
@@ -52,7 +54,8 @@ def machine() -> bool:
 
 def screen() -> Console:
     """Standard output for people; standard error under --json."""
-    return Console(file=sys.stdout, highlight=False, emoji=False)
+    width = None if sys.stdout.isatty() else LINE
+    return Console(file=sys.stdout, highlight=False, emoji=False, width=width)
 
 
 def side() -> Console:
@@ -160,21 +163,29 @@ class Shell(TyperGroup):
                 raise
             raise typer.Exit(report(error)) from None
 
-    def main(self, args: Any = None, prog_name: str | None = None, **extra: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Under --json even a mistyped option is answered with a document."""
         given = list(sys.argv[1:] if args is None else args)
+        run = partial(super().main, given, prog_name, complete_var, windows_expand_args=windows_expand_args, **extra)
         if "--json" not in given or "--help" in given or "-h" in given:
-            return super().main(given, prog_name, **extra)
-        standalone = extra.pop("standalone_mode", True)
+            return run(standalone_mode=standalone_mode)
         with quiet_stdout():
             try:
-                code = super().main(given, prog_name, **{**extra, "standalone_mode": False})
+                code = run(standalone_mode=False)
             except Exception as error:
                 if not hasattr(error, "format_message"):
                     raise
                 code = BAD_INPUT
                 emit({"error": {"message": error.format_message(), "kind": "UsageError", "exit_code": code}})
-        if standalone:
+        if standalone_mode:
             sys.exit(code if isinstance(code, int) else DONE)
         return code
 
