@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from deltatune.data.encode import Encoded
 from deltatune.data.example import Example, Turn
 from deltatune.evaluate.generate import (
     Decoding,
@@ -120,14 +121,9 @@ def test_virtual_ids_steer_and_are_never_decoded(family: str, penalty: float) ->
     together = generate(model, TOK, PROMPTS, settings)
     assert together == [generate(model, TOK, [p], settings)[0] for p in PROMPTS]
     assert together != plain
+    encoded = Encoded((*settings.prompt_ids, *ids_of(TOK, PROMPTS[0])), None)  # rows that have the virtual ids already
+    assert generate(model, TOK, [encoded], settings)[0] == together[0]
     assert "<unk>" not in "".join(together)
-
-
-@dataclass(frozen=True)
-class Encoded:
-    ids: tuple[int, ...]
-    labels: tuple[int, ...] | None = None
-    decoder: bool = False
 
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -144,6 +140,8 @@ RENDERED = [
     (Example("f:1", text="t", label="l"), "t"),
     ([5, 7, 8], "<user>ab"),
     (Encoded((5, 7, 8, 9), (-100, -100, 8, 9)), "<user>a"),
+    (Encoded((5, 7, 8, 9, 7, 8), (-100, 7, 8, -100, 7, -100)), "<user>abc"),
+    (Encoded((5, 7), (-100, -100)), "<user>a"),
     (Encoded((5, 7), None), "<user>a"),
     (Encoded((5, 7), (9, 9), decoder=True), "<user>a"),
 ]

@@ -83,7 +83,7 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[Any], settings: Decodi
     settings = settings or Decoding()
     can_generate(model)
     seq2seq = bool(model.config.is_encoder_decoder)
-    rows = [[*settings.prompt_ids, *ids_of(tokenizer, prompt, seq2seq)] for prompt in prompts]
+    rows = [_steered(ids_of(tokenizer, prompt, seq2seq), settings.prompt_ids) for prompt in prompts]
     fits(rows, model, settings.max_new_tokens)
     found: list[list[int]] = [[] for _ in rows]
     start = time.perf_counter()
@@ -110,10 +110,10 @@ def ids_of(tokenizer: Any, prompt: Any, seq2seq: bool = False) -> list[int]:
     """Token ids of one prompt: a string, token ids, chat messages (mappings or turns), an example, or an encoded row.
 
     A chat ends with the marker that opens the assistant's turn; a trailing assistant turn is the reference and is left
-    out. An encoded row of a decoder ends before its first supervised token.
+    out. An encoded row of a decoder ends before its last run of supervised tokens.
     """
     if isinstance(prompt, str):
-        return _open(tokenizer, prompt, seq2seq)
+        return open_ids(tokenizer, prompt, seq2seq)
     if hasattr(prompt, "ids"):
         return _unlabelled(prompt)
     tools = getattr(prompt, "tools", None)
@@ -126,9 +126,9 @@ def ids_of(tokenizer: Any, prompt: Any, seq2seq: bool = False) -> list[int]:
     return prompt if prompt and isinstance(prompt[0], int) else _chat(tokenizer, prompt, None, seq2seq)
 
 
-def _open(tokenizer: Any, text: str, seq2seq: bool) -> list[int]:
+def open_ids(tokenizer: Any, text: str, seq2seq: bool = False, special: bool = True) -> list[int]:
     """Ids of a text that is to be continued: a decoder must not see an end token that the tokenizer appends."""
-    ids = list(tokenizer(text)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=special)["input_ids"])
     appended = not seq2seq and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
     return ids[:-1] if appended else ids
 
@@ -138,11 +138,21 @@ def _chat(tokenizer: Any, turns: Sequence[Any], tools: Any, seq2seq: bool) -> li
     return list(tokenizer(text, add_special_tokens=seq2seq)["input_ids"])
 
 
+def _steered(ids: list[int], prompt_ids: tuple[int, ...]) -> list[int]:
+    """Virtual ids in front, once: an encoded row has them already."""
+    return ids if tuple(ids[: len(prompt_ids)]) == prompt_ids else [*prompt_ids, *ids]
+
+
 def _unlabelled(encoded: Any) -> list[int]:
+    """What comes before the last run of supervised tokens: the question that the last answer is for."""
     if encoded.decoder or encoded.labels is None:
         return list(encoded.ids)
-    first = next((i for i, label in enumerate(encoded.labels) if label != -100), len(encoded.ids))
-    return list(encoded.ids[:first])
+    end = len(encoded.ids)
+    while end and encoded.labels[end - 1] == -100:
+        end -= 1
+    while end and encoded.labels[end - 1] != -100:
+        end -= 1
+    return list(encoded.ids[: end or len(encoded.ids)])
 
 
 def _question(example: Any) -> str:
@@ -390,7 +400,7 @@ def stream(model: Any, tokenizer: Any, messages: Sequence[Any], settings: Decodi
     can_generate(model)
     if model.config.is_encoder_decoder or settings.beams > 1:
         raise ValueError("stream() makes one token after the other: causal models without beams; use generate()")
-    rows = [[*settings.prompt_ids, *ids_of(tokenizer, messages)]]
+    rows = [_steered(ids_of(tokenizer, messages), settings.prompt_ids)]
     fits(rows, model, settings.max_new_tokens)
     return _pieces(tokenizer, _tokens(model, tokenizer, rows[0], settings), settings.stop)
 
