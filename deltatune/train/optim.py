@@ -197,15 +197,19 @@ class Optimizer:
                     tensors[f"{slot}|{key}"] = value
                 else:
                     numbers.setdefault(key, {})[slot] = value
-        return tensors, {"optimizer": self.optim.optimizer, "keys": list(self.masters), "numbers": numbers}
+        names = {"keys": sorted(self.masters), "tensors": sorted(tensors)}
+        return tensors, {"optimizer": self.optim.optimizer, "numbers": numbers, **names}
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Put back what `state` gave. Another optimizer or other parameters: ValueError."""
         if state["optimizer"] != self.optim.optimizer:
             raise ValueError(f"the checkpoint is of {state['optimizer']}, this run uses {self.optim.optimizer}")
-        if (theirs := set(state["keys"])) != (ours := set(self.masters)):
-            raise ValueError(f"optimizer state: missing {sorted(ours - theirs)}, unexpected {sorted(theirs - ours)}")
+        for theirs, ours in ((state["keys"], self.masters), (tensors, state["tensors"])):
+            if lacking := set(ours) - set(theirs):
+                raise ValueError(f"optimizer state: missing {sorted(lacking)}")
+            if more := set(theirs) - set(ours):
+                raise ValueError(f"optimizer state: unexpected {sorted(more)}")
         slots: dict[str, dict[str, Any]] = {key: dict(numbers) for key, numbers in state["numbers"].items()}
         for name, value in tensors.items():
             slot, key = name.split("|", 1)
