@@ -8,25 +8,33 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_ROOMS = {
     "deltatune.core.attach": ("attach", "detach", "activate", "disabled", "rows", "merge"),
     "deltatune.core.store": ("save", "load"),
-    "deltatune.methods": ("LoRA", "IA3", "Adapter", "Prefix", "Prompt", "BitFit", "Freeze", "Full", "NewTokens"),
     "deltatune.objectives": ("SFT", "Classify", "Cloze"),
-    "deltatune.train": ("train",),  # the package of that name is callable: name and room are one object
 }
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+_METHODS = ("LoRA", "IA3", "Adapter", "Prefix", "Prompt", "BitFit", "Freeze", "Full", "NewTokens")
 
-__all__ = sorted(_HOME)
+__all__ = [*_HOME, *_METHODS, "train"]
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
-    if home is None:
+    if name == "train":
+        return import_module("deltatune.train")  # the package is callable: room and function are one object
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    found = _method(name) if name[:1].isupper() else None
+    if found is None:
         raise AttributeError(f"module 'deltatune' has no attribute {name!r}")
-    module = import_module(home)
-    return module if home == f"deltatune.{name}" else getattr(module, name)
+    return found
+
+
+def _method(name: str) -> type | None:
+    """The registered method whose class has that name: a new method needs no line here."""
+    table = import_module("deltatune.methods").METHODS
+    return next((entry.cls for entry in table.values() if entry.cls.__name__ == name), None)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *__all__})
