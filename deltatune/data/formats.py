@@ -195,6 +195,7 @@ def _preference(value: Mapping[str, Any], faults: Faults) -> Example:
         name = first(value, ("rejected_response", "rejected_messages"))
         turns, chosen = turns[:-1], (Turn("assistant", turns[-1].content),) if turns else ()
         rejected = _answer(value[name], name, faults)
+        rejected = (Turn("assistant", rejected),) if isinstance(rejected, str) else rejected
     if not faults and _said(chosen) == _said(rejected):
         faults.add("identical_preference", "rejected", "chosen and rejected are the same", "Leave the row out")
     if not turns and prompt is None and isinstance(chosen, tuple):
@@ -224,7 +225,7 @@ def _asked(value: Mapping[str, Any], faults: Faults) -> tuple[tuple[Turn, ...], 
 
 def _answer(value: Any, field: str, faults: Faults) -> str | tuple[Turn, ...]:
     value = unpacked_list(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and ("role" in value or "from" in value):
         value = [value]
     if isinstance(value, list):
         said = isinstance(value[0], Mapping) and "from" in value[0] if value else False

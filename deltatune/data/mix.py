@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .batch import generator
+from .order import generator
 
 
 def shares(spec: Sequence[Any] | Mapping[str, float]) -> dict[str, float]:

@@ -159,6 +159,7 @@ def _elements(text: str, position: int, place: Place) -> Iterator[Row]:
         position = _skip(text, position)
         if position >= len(text) or text[position] == "]":
             if in_array and position >= len(text):
+                line = 1 + text.rstrip().count("\n")
                 fault = BadRow("json_syntax", place.at(line), "", "the array is never closed", f"{TRUNCATED}")
                 place.problems.reject([fault])
             return

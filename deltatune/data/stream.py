@@ -1,4 +1,4 @@
-"""Sets too large to hold: shards read lazily, shuffled block by block, resumed at any row without reading what precedes.
+"""Sets too large to hold: shards read lazily, shuffled block by block, resumed at any row without reading the rest.
 
 Rows are cut into blocks of `block` consecutive rows. The order of the blocks and of the rows in each is a pure function
 of (seed, epoch, block number), so a position in the epoch is one integer: the cursor of a checkpoint. Plain .jsonl
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from .example import Example
 from .formats import attempt, converted, sniff, unknown
+from .order import generator
 from .problems import BadRow, Problems
 from .readers import json_row
 from .streams import container, extension, peek
@@ -57,8 +58,6 @@ class Order:
         return self._permutation(count, 0)
 
     def _permutation(self, count: int, stream: int) -> list[int]:
-        from .batch import generator  # the only torch-free part of a torch module: imported late
-
         if not self.shuffle:
             return list(range(count))
         return [int(i) for i in generator(self.seed, self.epoch, stream).permutation(count)]
@@ -173,9 +172,8 @@ def _sequential(
     """Blocks in the files' order, each shuffled; what precedes `start` is read, but neither checked nor encoded."""
     from .sources import read
 
-    rows = (row for path in paths for row in read(path, problems))
     cursor = start // order.block * order.block
-    rows = islice(rows, cursor, None)
+    rows = islice((row for path in paths for row in read(path, problems)), cursor, None)
     number = cursor // order.block
     while block := list(islice(rows, order.block)):
         for place, i in enumerate(order.within(number, len(block))):

@@ -1,0 +1,293 @@
+"""`deltatune data check`: what a data set is, what is wrong with it, and how the model will see one of its rows."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .encode import Encoded, Encoder, Encoding, classified, label_names
+from .example import Example
+from .formats import examples
+from .problems import BadRow, Problems, split
+
+NGRAM, HASHES, BANDS = 5, 16, 4  # 4 bands of 4: two texts with Jaccard 0.9 meet in 98 % of cases, with 0.5 in 23 %
+PRIME = (1 << 61) - 1
+SHINGLES = 512  # of a long text: enough to tell, bounded
+SHOWN = 5
+WORD = re.compile(r"\w+")
+
+
+@dataclass
+class Tokens:
+    """Statistics of the encoded rows, in tokens."""
+
+    rows: int = 0
+    total: int = 0
+    learned: int = 0
+    shortest: int = 0
+    median: int = 0
+    p95: int = 0
+    longest: int = 0
+    truncated: int = 0
+    lost: int = 0
+
+
+@dataclass
+class Pairs:
+    """Rows that are equal, or nearly so: how many, and the first of them as (row, earlier row)."""
+
+    count: int = 0
+    first: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, later: str, earlier: str) -> None:
+        self.count += 1
+        if len(self.first) < SHOWN:
+            self.first.append((later, earlier))
+
+
+@dataclass
+class Sample:
+    """One encoded row: its tokens as text, and which are learned."""
+
+    where: str
+    pieces: list[tuple[str, bool]]
+
+
+@dataclass
+class Report:
+    """What `check` found. `ok` when every row can be used."""
+
+    ref: str
+    problems: Problems
+    kinds: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)
+    tokens: Tokens | None = None
+    exact: Pairs = field(default_factory=Pairs)
+    near: Pairs = field(default_factory=Pairs)
+    leaked: Pairs | None = None
+    notes: list[str] = field(default_factory=list)
+    sample: Sample | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems.errors and self.problems.good > 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `--json`."""
+        pairs = {"duplicates": self.exact, "near_duplicates": self.near, "leaked": self.leaked}
+        return {
+            "ref": self.ref,
+            "ok": self.ok,
+            "rows": {"seen": self.problems.seen, "good": self.problems.good, "bad": self.problems.bad},
+            "kinds": dict(self.kinds),
+            "labels": dict(self.labels.most_common()),
+            "tokens": vars(self.tokens) if self.tokens else None,
+            **{name: vars(found) if found else None for name, found in pairs.items()},
+            "errors": [problem.to_json() for problem in self.problems.errors],
+            "warnings": [problem.to_json() for problem in self.problems.warnings],
+            "notes": [*self.problems.notes, *self.notes],
+            "sample": {"where": self.sample.where, "pieces": self.sample.pieces} if self.sample else None,
+        }
+
+    def print(self, console: Any) -> None:
+        """On a rich Console; data is shown as it is, its markup and control characters harmless."""
+        from .show import show
+
+        show(self, console)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a set is read: an explicit format, names for its columns, and how rows become tokens."""
+
+    format: str | None = None
+    columns: Sequence[str] | Mapping[str, str] = ()
+    encoding: Encoding = field(default_factory=Encoding)
+
+
+def check(
+    ref: str | Path, tokenizer: Any = None, eval_ref: str | Path | None = None, how: Reading | None = None
+) -> Report:
+    """Read a whole set (and `eval_ref`, for leakage) and say what it is. Errors in the data are in the report."""
+    how = how or Reading()
+    report = Report(str(ref), Problems())
+    found = list(_watched(examples(ref, report.problems, how.format, how.columns), report))
+    for example in found:
+        report.kinds[example.kind] += 1
+        report.labels.update(_labels(example))
+    seen = Seen()
+    for example in found:
+        _duplicates(example, seen, report)
+    if tokenizer is not None:
+        _encode(found, tokenizer, how.encoding, report)
+    if eval_ref is not None:
+        report.leaked = _leaks(eval_ref, how, seen, report)
+    if not report.problems.seen:
+        fault = BadRow("no_rows", str(ref), "", "there are no rows", "Write at least one row")
+        report.problems.reject([fault])
+    return report
+
+
+def _watched(found: Iterable[Example], report: Report) -> Iterator[Example]:
+    """Warn of ids that come twice in one file."""
+    ids: dict[tuple[str, str], None] = {}
+    for example in found:
+        if example.extra.get("id") is not None:
+            key = (split(example.where)[0], str(example.extra["id"]))
+            if key in ids:
+                fix = "Give every row its own id, or remove the copy"
+                report.problems.warn(
+                    BadRow("duplicate_id", example.where, "id", f"id {key[1]!r} was there before", fix)
+                )
+            ids[key] = None
+        yield example
+
+
+def _labels(example: Example) -> Iterable[str]:
+    if example.label is None:
+        return ()
+    return map(str, example.label if isinstance(example.label, tuple) else (example.label,))
+
+
+def said(example: Example) -> str:
+    """All the text of an example."""
+    parts = [example.prompt, example.completion, example.text, example.text_pair]
+    for answer in (example.turns, example.extra.get("chosen"), example.extra.get("rejected")):
+        parts += [answer] if isinstance(answer, str) else [turn.content for turn in answer or ()]
+    return "\n".join(part for part in parts if part)
+
+
+def asked(example: Example) -> str:
+    """What the model is given: an evaluation row leaks when it was asked in training, whatever the answer."""
+    if example.turns:
+        return "\n".join(turn.content for turn in example.turns if turn.role == "user")
+    return "\n".join(part for part in (example.prompt, example.text, example.text_pair) if part)
+
+
+class Seen:
+    """Texts met so far: exact ones by hash of their words, near ones by minhash bands."""
+
+    def __init__(self) -> None:
+        self.exact: dict[bytes, str] = {}
+        self.asked: dict[bytes, str] = {}
+        self.bands: dict[tuple, str] = {}
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall(text.lower())
+
+
+def _digest(words: Sequence[str], raw: str) -> bytes:
+    return hashlib.blake2b((" ".join(words) or raw).encode(), digest_size=12).digest()
+
+
+def signature(words: Sequence[str]) -> list[int]:
+    """MinHash of word 5-grams (Broder 1997): equal positions estimate the Jaccard similarity."""
+    grams = {" ".join(words[i : i + NGRAM]) for i in range(min(max(len(words) - NGRAM + 1, 1), SHINGLES))}
+    base = [int.from_bytes(hashlib.blake2b(gram.encode(), digest_size=8).digest(), "big") % PRIME for gram in grams]
+    return [min((a * (2 * k + 1) + k * 0x9E3779B97F4A7C15) % PRIME for a in base) for k in range(HASHES)]
+
+
+def _duplicates(example: Example, seen: Seen, report: Report) -> None:
+    text = said(example)
+    words = _words(text)
+    digest = _digest(words, f"{text}{example.label}")
+    question = asked(example)
+    seen.asked.setdefault(_digest(_words(question), question), example.where)
+    if digest in seen.exact:
+        report.exact.add(example.where, seen.exact[digest])
+        return
+    seen.exact[digest] = example.where
+    if len(words) < 2 * NGRAM:
+        return  # too short to be nearly something else
+    marks = signature(words)
+    wide = HASHES // BANDS
+    bands = [(k, *marks[k * wide : (k + 1) * wide]) for k in range(BANDS)]
+    earlier = next((seen.bands[band] for band in bands if band in seen.bands), None)
+    if earlier:
+        report.near.add(example.where, earlier)
+    for band in bands:
+        seen.bands.setdefault(band, example.where)
+
+
+def _leaks(eval_ref: str | Path, how: Reading, seen: Seen, report: Report) -> Pairs:
+    """Evaluation rows whose question is in the training set; problems of the evaluation set join the report."""
+    leaked, problems = Pairs(), Problems()
+    names = set(report.labels)
+    for example in examples(eval_ref, problems, how.format, how.columns):
+        question = asked(example)
+        earlier = seen.asked.get(_digest(_words(question), question))
+        if earlier:
+            leaked.add(example.where, earlier)
+        for name in _labels(example):
+            if names and name not in names and not _is_score(names):
+                fix = f"The training set has {', '.join(sorted(names)[:10])}"
+                report.problems.warn(
+                    BadRow("unknown_label", example.where, "label", f"label {name!r} is not trained", fix)
+                )
+    for problem in problems.errors:
+        report.notes.append(f"evaluation set: {problem}")
+    return leaked
+
+
+def _is_score(names: Iterable[str]) -> bool:
+    return any("." in name for name in names)
+
+
+def _encode(found: Sequence[Example], tokenizer: Any, options: Encoding, report: Report) -> None:
+    encoder = Encoder(tokenizer, options)
+    names = label_names(e for e in found if e.kind == "classification")
+    lengths: list[int] = []
+    learned = 0
+    for example in found:
+        try:
+            rows = _rows(example, encoder, names)
+        except BadRow as fault:
+            report.problems.retract(fault)
+            continue
+        lengths += [len(row.ids) for row in rows]
+        learned += sum(row.targets if row.labels else 1 for row in rows)
+        if report.sample is None and rows:
+            report.sample = Sample(example.where, pieces(rows[0], tokenizer))
+    report.tokens = _statistics(lengths, learned, encoder)
+    report.notes += encoder.notes
+
+
+def _rows(example: Example, encoder: Encoder, names: Sequence[str]) -> list[Encoded]:
+    if example.kind == "classification":
+        return [classified(example, encoder.tokenizer, names, encoder.options)]
+    if example.kind in ("chat", "pair", "text"):
+        return encoder.all(example)
+    return []  # preference and prompt-only rows are encoded by their objectives
+
+
+def pieces(row: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
+    """(text, learned) of each run of tokens; virtual tokens are shown as such."""
+    labels = row.labels if row.labels and not row.decoder else (-100,) * len(row.ids)
+    runs: list[tuple[list[int], bool]] = []
+    for i, label in zip(row.ids, labels, strict=True):
+        if not runs or runs[-1][1] != (label != -100):
+            runs.append(([], label != -100))
+        runs[-1][0].append(i)
+    if row.decoder:
+        runs.append((list(row.labels or ()), True))
+    return [(_text(ids, tokenizer), learned) for ids, learned in runs]
+
+
+def _text(ids: Sequence[int], tokenizer: Any) -> str:
+    real = [i for i in ids if i < len(tokenizer)]
+    virtual = len(ids) - len(real)
+    return (f"[{virtual} virtual tokens]" if virtual else "") + tokenizer.decode(real)
+
+
+def _statistics(lengths: list[int], learned: int, encoder: Encoder) -> Tokens:
+    ordered = sorted(lengths) or [0]
+    shortest, median, p95, longest = (ordered[int(q * (len(ordered) - 1))] for q in (0, 0.5, 0.95, 1))
+    spread = {"shortest": shortest, "median": median, "p95": p95, "longest": longest}
+    cut = {"truncated": encoder.truncated, "lost": encoder.lost_tokens}
+    return Tokens(len(lengths), sum(lengths), learned, **spread, **cut)

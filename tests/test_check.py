@@ -1,0 +1,118 @@
+"""The data report: every damaged set is explained with its place and a way out; no row disappears."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from deltatune.data.check import Reading, check
+from deltatune.data.encode import Encoding
+from deltatune.data.problems import split
+from malformed import LEGAL, Case, cases
+from tiny_tokenizers import CHATML, byte_level
+
+TOKENIZER = byte_level(CHATML)
+
+
+def written(tmp_path, rows, name="a.jsonl"):
+    path = tmp_path / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def place(case: Case, root):
+    path = root / case.file
+    if case.data is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(case.data)
+    return path.parent if "/" in case.file else path
+
+
+def test_there_are_two_hundred_malformed_inputs():
+    names = [case.name for case in cases()]
+    assert len(set(names)) == len(names)
+    assert sum(case.kind != LEGAL for case in cases()) >= 200
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_malformed(case: Case, tmp_path):
+    path = place(case, tmp_path)
+    problems = check(path, TOKENIZER, how=Reading(encoding=Encoding(max_length=case.max_length))).problems
+    if case.good >= 0:  # how far a damaged archive can be read is the decompressor's affair
+        assert (problems.good, problems.bad) == (case.good, case.bad), [str(p) for p in problems.errors]
+    assert problems.bad == case.bad
+    if case.kind == LEGAL:
+        assert not problems.errors
+        assert any(case.reason in note for note in problems.notes), problems.notes
+        return
+    found = [p for p in problems.errors + problems.warnings if p.kind == case.kind and case.reason in p.reason]
+    assert found, [str(p) for p in problems.errors]
+    problem = found[0]
+    assert problem.file == str(path)
+    assert problem.fix
+    assert case.field in problem.field
+    if case.line is None:
+        assert problem.lines == []
+    elif case.line > 0:
+        assert problem.lines[0] == case.line
+    else:
+        assert problem.lines[0] == problems.good + 1
+    assert split(problem.where)[0] == str(path)
+
+
+def test_counts_labels_tokens_and_duplicates(tmp_path):
+    long = "the quick brown fox jumps over the lazy dog and then runs far away from all of the other animals there"
+    rows = [
+        {"prompt": "Ask", "completion": "Say"},
+        {"prompt": "ask!", "completion": "say"},
+        {"prompt": "q", "completion": long},
+    ]
+    rows += [{"prompt": "q", "completion": long + " today"}, {"prompt": "other", "completion": "thing"}]
+    report = check(
+        written(tmp_path, rows),
+        TOKENIZER,
+        written(tmp_path, [rows[0], {"prompt": "new", "completion": "x"}], "b.jsonl"),
+    )
+    where = f"{tmp_path}/a.jsonl"
+    assert report.exact.first == [(f"{where}:2", f"{where}:1")]
+    assert report.near.first == [(f"{where}:4", f"{where}:3")]
+    assert report.leaked.first == [(f"{tmp_path}/b.jsonl:1", f"{where}:1")]
+    assert report.kinds == {"pair": 5}
+    assert (report.tokens.rows, report.tokens.shortest, report.tokens.truncated) == (5, 7, 0)
+    assert report.sample.pieces == [("Ask", False), ("Say<|im_end|>", True)]
+    assert report.ok
+    assert json.loads(json.dumps(report.to_json()))["rows"] == {"seen": 5, "good": 5, "bad": 0}
+
+
+def test_leakage_is_by_question_and_labels_are_compared(tmp_path):
+    train = written(tmp_path, [{"text": "good film", "label": "pos"}, {"text": "bad film", "label": "neg"}])
+    dev = written(tmp_path, [{"text": "Good film!", "label": "positive"}], "dev.jsonl")
+    report = check(train, eval_ref=dev)
+    assert report.labels == {"pos": 1, "neg": 1}
+    assert report.leaked.count == 1
+    assert [w.kind for w in report.problems.warnings] == ["unknown_label"]
+
+
+def shown(report, **options):
+    out = io.StringIO()
+    report.print(Console(file=out, width=200, **options))
+    return out.getvalue()
+
+
+def test_the_sample_is_shown_with_its_mask(tmp_path):
+    path = written(tmp_path, [{"prompt": "[bold]Ask[/bold] \x1b[31m", "completion": "Say [red]"}])
+    plain = shown(check(path, TOKENIZER))
+    assert "[bold]Ask[/bold] \\x1b[31m>>Say [red]<|im_end|><<" in plain
+    assert "\x1b" not in plain
+    colour = shown(check(path, TOKENIZER), force_terminal=True, color_system="truecolor")
+    assert "\x1b[1;32mSay [red]<|im_end|>\x1b[0m" in colour
+    assert "\x1b[31m" not in colour
+
+
+def test_problems_are_printed_with_place_reason_and_fix(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}] + [{"prompt": "a", "completion": ""}] * 7
+    text = shown(check(written(tmp_path, rows)))
+    assert "a.jsonl: 8 rows, 1 usable (1 pair), 7 not" in text
+    assert "a.jsonl:2: [empty_field] completion: the text is empty. Write a text, or leave the row out" in text
+    assert "(7 times: lines 2, 3, 4, 5, 6, ...)" in text
