@@ -5,23 +5,22 @@ from __future__ import annotations
 import copy
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from . import attention
-from .delta import SLOT, Delta, Refusal, overrides
+from .delta import SLOT, Delta, Dense, Refusal, overrides
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
 from .quant import dense, write
-from .site import Site, block_of, common, parts, trunk, twins
+from .site import Site, common, parts, trunk, twins
 from .slot import Slot, Tap, deltas, slots
+from .state import STATE, State
 
-STATE = "deltatune_state"
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -29,84 +28,6 @@ class Method(Protocol):
     """A frozen dataclass whose fields are the paper's hyper-parameters."""
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]: ...
-
-
-@dataclass
-class State:
-    """What has been attached to a model; lives on the model, so that a deep copy takes its own along."""
-
-    base: str
-    grads: dict[str, bool]
-    vocab: int | None = None  # the base's own vocabulary, when tokens were added to it
-    methods: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    notes: dict[str, Any] = field(default_factory=dict)
-    active: tuple[str, ...] = ()
-    rows: tuple[str | None, ...] | None = None
-    packing: bool = False
-    attention: Any = None  # the implementation to go back to, while ours is in use
-    handles: list = field(default_factory=list)
-
-    def token(self) -> tuple:
-        return self.active, self.rows
-
-    def watch(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Trunk hook: a backward pass that recomputes must see the adapters the forward pass saw."""
-        seen = self.token()
-        tensor = next((t for t in tensors(output) if t.requires_grad), None)
-        if tensor is not None and needs_same_state(module):
-            tensor.register_hook(lambda grad: self.same(seen))
-
-    def same(self, seen: tuple) -> None:
-        if seen != self.token():
-            raise RuntimeError(
-                f"adapters changed between forward ({describe(seen)}) and backward ({describe(self.token())}): "
-                "recomputation would give a wrong gradient. Call backward before activate(), or restore the adapters first"
-            )
-
-    def shift(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Trunk hook: real tokens stand after the active prefixes' positions."""
-        by = self.offsets(module)
-        if by is None:
-            return None
-        ids = args[0] if args else kwargs.get("input_ids")
-        source = ids if ids is not None else kwargs["inputs_embeds"]
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            past = kwargs.get("past_key_values")
-            start = past.get_seq_length() if past is not None else 0
-            positions = torch.arange(start, start + source.shape[1], device=source.device)[None]
-        return args, {**kwargs, "position_ids": positions + by.to(positions.device)}
-
-    def offsets(self, module: nn.Module) -> Tensor | None:
-        shifts = {n: v for n, v in self.notes.get("shift", {}).items() if v}
-        if not any(n in shifts for n in self.active):
-            return None
-        if self.rows is None:
-            return torch.tensor([[sum(shifts.get(n, 0) for n in self.active)]])
-        return torch.tensor([[shifts.get(n or "", 0)] for n in self.rows])
-
-
-def describe(token: tuple) -> str:
-    return f"rows {list(token[1])}" if token[1] is not None else f"active {list(token[0])}"
-
-
-def tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        yield from (t for t in output.values() if isinstance(t, Tensor))
-    elif isinstance(output, tuple | list):
-        yield from (t for t in output if isinstance(t, Tensor))
-
-
-def needs_same_state(module: nn.Module) -> bool:
-    """Only recomputation and in-place weights can see another state in backward than in forward."""
-    checkpointing = (
-        "is_activation_checkpointing"
-        if hasattr(type(module), "is_activation_checkpointing")
-        else "is_gradient_checkpointing"
-    )
-    return bool(getattr(module, checkpointing, False)) or any(d.inplace for d in deltas(module))
 
 
 # ---- attach and detach -----------------------------------------------------------------------------------------------
@@ -117,28 +38,40 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
     """
     methods = tuple(method) if isinstance(method, tuple | list) else (method,)
     check_new(model, name, methods)
-    fresh = getattr(model, STATE, None) is None
     state = begin(model)
+    before, focused = state.token(), state.focus
     try:
-        activate(model)  # methods that read weights must see the base
+        apply(model, (), None)  # methods that read weights must see the base
         found = [pair for m in methods for pair in m.deltas(model)]
         if not found:
             raise ValueError(f"{methods} adapts no layer of {type(model).__name__}")
-    except Exception:
-        if fresh:
-            end(model)
+        state.methods[name] = methods
+        place(model, name, found)
+        state.shifts[name] = shift_of(found)
+        activate(model, name)
+        focus(model, name)
+    except BaseException:
+        take_out(model, name)
+        apply(model, *before)
+        focus(model, focused)
+        end_if_empty(model)
         raise
-    place(model, name, found)
-    state.methods[name] = methods
-    state.notes.setdefault("shift", {})[name] = max(d.shift() for _, d in found)
-    focus(model, name)
-    activate(model, name)
     return model
+
+
+def shift_of(found: list[tuple[Site, Delta]]) -> int:
+    """How far real tokens move back: the most that the deltas of any one layer ask for together."""
+    by: dict[str, int] = {}
+    for site, delta in found:
+        by[site.write] = by.get(site.write, 0) + delta.shift()
+    return max(by.values())
 
 
 def check_new(model: nn.Module, name: str, methods: tuple[Any, ...]) -> None:
     if not NAME.fullmatch(name):
         raise ValueError(f"adapter name {name!r}: use 1 to 64 letters, digits, '_' or '-'")
+    if hasattr(Slot(), name):
+        raise ValueError(f"adapter name {name!r} is a word that PyTorch modules keep for themselves: choose another")
     if name in attached(model):
         raise ValueError(f"an adapter {name!r} is attached already: detach it first, or choose another name")
     for m in methods:
@@ -151,7 +84,7 @@ def check_new(model: nn.Module, name: str, methods: tuple[Any, ...]) -> None:
 
 
 def begin(model: nn.Module) -> State:
-    """The model's state, made on the first attach: originals noted, everything frozen, the trunk's hooks in."""
+    """The model's state, made on the first attach: originals noted, the trunk's hooks in."""
     state = getattr(model, STATE, None)
     if state is None:
         vocab = getattr(model, "deltatune_vocab", None)
@@ -162,20 +95,23 @@ def begin(model: nn.Module) -> State:
             inner.register_forward_pre_hook(state.shift, with_kwargs=True),
             inner.register_forward_hook(state.watch),
         ]
-        model.requires_grad_(False)
     return state
 
 
-def end(model: nn.Module) -> None:
-    """Forget everything: the model is as it was before the first attach."""
+def end_if_empty(model: nn.Module) -> None:
+    """With nothing attached and nothing packed, the model is again as it was before the first attach."""
     state: State = getattr(model, STATE)
+    if state.methods:
+        return
+    grads = dict(model.named_parameters())
+    for key, required in state.grads.items():
+        if key in grads:
+            grads[key].requires_grad_(required)
+    if state.packing:
+        return
     for handle in state.handles:
         handle.remove()
-    state.packing, state.active = False, ()
-    sync_attention(model, state)
     delattr(model, STATE)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(state.grads.get(name, parameter.requires_grad))
 
 
 def place(model: nn.Module, name: str, found: list[tuple[Site, Delta]]) -> None:
@@ -214,30 +150,34 @@ def detach(model: nn.Module, name: str) -> nn.Module:
     """Take adapter `name` out. The last one out restores keys, values, requires_grad, attention and hook counts."""
     state = known(model, name)
     activate(model, *(n for n in state.active if n != name))
-    for path, slot in slots(model).items():
-        if name not in slot:
-            continue
-        for delta in slot[name]:
-            for handle in getattr(delta.tap, "handles", ()):
-                handle.remove()
-            if delta.inplace:
-                clear_grads(model.get_submodule(path), delta)
-        del slot[name]
-        if not len(slot):
-            for handle in slot.handles:
-                handle.remove()
-            delattr(model.get_submodule(path), SLOT)
-    del state.methods[name]
-    state.notes["shift"].pop(name, None)
-    if not state.methods:
-        end(model)
+    take_out(model, name)
+    if state.focus == name:
+        focus(model, None)
+    end_if_empty(model)
     return model
 
 
-def clear_grads(layer: nn.Module, delta: Delta) -> None:
-    for parameter in delta.trained(layer).values():
-        parameter.grad = None
-        parameter.requires_grad_(False)
+def take_out(model: nn.Module, name: str) -> None:
+    """Remove what `place` put in; every in-place delta must be off."""
+    state: State = getattr(model, STATE)
+    for path, slot in slots(model).items():
+        layer = model.get_submodule(path)
+        for delta in slot.of(name):
+            for handle in getattr(delta.tap, "handles", ()):
+                handle.remove()
+            if delta.inplace:
+                delta.swap(layer, False)
+                for parameter in delta.trained(layer).values():
+                    parameter.grad = None
+        if name in slot:
+            del slot[name]
+        if not len(slot):
+            for handle in slot.handles:
+                handle.remove()
+            delattr(layer, SLOT)
+    state.active = tuple(n for n in state.active if n != name)
+    state.methods.pop(name, None)
+    state.shifts.pop(name, None)
 
 
 # ---- what is attached ------------------------------------------------------------------------------------------------
@@ -260,23 +200,34 @@ def known(model: nn.Module, *names: str) -> State:
     return state
 
 
+def each(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, Delta]]:
+    """(layer, delta) of adapter `name`, in the model's order."""
+    for path, slot in slots(model).items():
+        for delta in slot.of(name):
+            yield model.get_submodule(path), delta
+
+
 def parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """canonical key -> parameter of one adapter, in the model's order."""
     return {
         f"{delta.site.key}.{key}": parameter
-        for path, slot in slots(model).items()
-        if name in slot
-        for delta in slot[name]
-        for key, parameter in delta.trained(model.get_submodule(path)).items()
+        for layer, delta in each(model, name)
+        for key, parameter in delta.trained(layer).items()
     }
 
 
 def focus(model: nn.Module, name: str | None) -> None:
-    """Exactly adapter `name`'s parameters require a gradient; nothing else does. None: nothing does."""
+    """Exactly adapter `name`'s parameters require a gradient; nothing else does. None: nothing does.
+
+    A parameter trained in place requires one only while the adapter is active: otherwise the layer holds the base's
+    own values, which nothing may ever train.
+    """
+    state: State = getattr(model, STATE)
+    state.focus = name
     model.requires_grad_(False)
-    if name is not None:
-        for parameter in parameters(model, name).values():
-            parameter.requires_grad_(True)
+    for layer, delta in each(model, name) if name is not None else ():
+        for parameter in delta.trained(layer).values():
+            parameter.requires_grad_(not delta.inplace or delta.on)
 
 
 def trainable(model: nn.Module, name: str = "default") -> dict[str, nn.Parameter]:
@@ -294,23 +245,34 @@ def activate(model: nn.Module, *names: str) -> None:
 
 def apply(model: nn.Module, names: tuple[str, ...], by_row: tuple[str | None, ...] | None) -> None:
     state, touched = known(model, *names), slots(model)
-    check_inplace(touched, names, by_row is not None)
+    if by_row is not None:
+        check_rows(touched, names)
+    else:
+        check_owners(model, touched, names)
     index = row_index(by_row)
     for path, slot in touched.items():
-        slot.active = tuple(n for n in names if n in slot)
-        slot.rows, slot.row_count = index, len(by_row or ())
-        layer = model.get_submodule(path)
-        # first every in-place delta off, then the chosen on: two may hold the same parameter
-        for on in (False, True):
-            for name in slot:
-                for delta in slot[name]:
-                    wanted = by_row is None and name in names
-                    if delta.inplace and wanted is on:
-                        delta.swap(layer, on)
-                    if delta.tap:
-                        delta.tap.on = name in names
-    state.active, state.rows = tuple(names), by_row
+        slot.switch(names, index, len(by_row or ()))
+        for name in slot:
+            for delta in slot.of(name):
+                if delta.tap:
+                    delta.tap.on = name in names
+    # first every in-place delta off, then the chosen on: two may hold the same parameter
+    for on in (False, True):
+        for path, slot in touched.items():
+            swap(model.get_submodule(path), slot, () if by_row is not None else names, on)
+    state.active, state.rows = names, by_row
+    for layer, delta in each(model, state.focus) if state.focus else ():
+        if delta.inplace:
+            for parameter in delta.trained(layer).values():
+                parameter.requires_grad_(delta.on)
     sync_attention(model, state)
+
+
+def swap(layer: nn.Module, slot: Slot, names: tuple[str, ...], on: bool) -> None:
+    for name in slot:
+        for delta in slot.of(name):
+            if delta.inplace and (name in names) is on:
+                delta.swap(layer, on)
 
 
 def row_index(by_row: tuple[str | None, ...] | None) -> dict[str, Tensor] | None:
@@ -319,19 +281,27 @@ def row_index(by_row: tuple[str | None, ...] | None) -> dict[str, Tensor] | None
     return {n: torch.tensor([i for i, m in enumerate(by_row) if m == n]) for n in by_row if n is not None}
 
 
-def check_inplace(touched: dict[str, Slot], names: tuple[str, ...], by_row: bool) -> None:
-    """Refuse before anything moves: rows over trained weights, and two adapters that own the same parameter."""
-    for path, slot in touched.items():
-        owners = [(n, d) for n in names if n in slot for d in slot[n] if isinstance(d, InPlace)]
-        for _, delta in owners:
-            if by_row and not isinstance(delta, InPlaceBias):
+def check_rows(touched: dict[str, Slot], names: tuple[str, ...]) -> None:
+    """Refuse before anything moves: rows cannot each have weights of their own."""
+    for slot in touched.values():
+        for delta in (d for n in names for d in slot.of(n)):
+            if isinstance(delta, InPlace) and not isinstance(delta, InPlaceBias):
                 refuse_rows(delta)
-        held = [key for _, d in owners for key in d.names]
-        if not by_row and len(set(held)) < len(held):
-            raise ValueError(
-                f"adapters {', '.join(dict.fromkeys(n for n, _ in owners))} both trained {path}.{held[0]} in place: "
-                "only one of them can be active at a time"
-            )
+
+
+def check_owners(model: nn.Module, touched: dict[str, Slot], names: tuple[str, ...]) -> None:
+    """Refuse before anything moves: two that trained the same parameter in place cannot both be on."""
+    holders: dict[int, str] = {}
+    for path, slot in touched.items():
+        for name in names:
+            for delta in (d for d in slot.of(name) if d.inplace):
+                for key, parameter in delta.trained(model.get_submodule(path)).items():
+                    if id(parameter) in holders:
+                        raise ValueError(
+                            f"{path}.{key} is trained in place twice, by {holders[id(parameter)]!r} and by {name!r}: "
+                            "only one of them can be active at a time"
+                        )
+                    holders[id(parameter)] = name
 
 
 def sync_attention(model: nn.Module, state: State) -> None:
@@ -349,6 +319,7 @@ def packing(model: nn.Module, on: bool = True) -> None:
     state = begin(model)
     state.packing = on
     sync_attention(model, state)
+    end_if_empty(model)
 
 
 @contextmanager
@@ -374,7 +345,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
-    """Row i of the batch runs adapter names[i]; None is the base. Refusal for adapters that trained weights in place."""
+    """Row i of the batch runs adapter names[i]; None is the base. Refusal for adapters that trained weights in place.
+
+    A batch of n len(names) rows counts as n copies of each row side by side, as beams are.
+    """
     with restored(model):
         apply(model, tuple(dict.fromkeys(n for n in names if n is not None)), tuple(names))
         yield model
@@ -387,36 +361,50 @@ def merge(model: nn.Module, name: str = "default", inplace: bool = False) -> nn.
     for delta in deltas(model, name):
         refuse_merge(model, delta)
     target = model if inplace else copy.deepcopy(model)
+    activate(target, name)
     with torch.no_grad():
-        values = {p: t for d in deltas(target, name) for p, t in merge_one(target, d).items()}
-    for other in attached(target):
-        detach(target, other)
-    for (path, key), tensor in values.items():
-        write(target.get_submodule(path), key, tensor)
+        values = merged_values(target, name)
+        for other in attached(target):
+            detach(target, other)
+        for (path, key), tensor in values.items():
+            target.get_submodule(path).get_parameter(key).data.copy_(tensor)
     return target
 
 
 def refuse_merge(model: nn.Module, delta: Delta) -> None:
-    if not delta.inplace:
-        layer = model.get_submodule(delta.site.write)
-        delta.merged(dense(layer, delta.site.columns))
-        owners = twins(model, layer.weight) if hasattr(layer, "weight") else []
-        if len(owners) > 1 and not getattr(delta, "tied", False):
-            raise Refusal(
-                "merging would change a weight that another layer shares.",
-                found=" = ".join(owners),
-                instead="untie the weights first (config.tie_word_embeddings = False and a copy), or keep the adapter attached",
-            )
-
-
-def merge_one(model: nn.Module, delta: Delta) -> dict[tuple[str, str], Tensor]:
-    """Writes the merged values into the copy (so that a union's next delta sees them) and returns whole tensors."""
-    path = delta.site.write
-    layer = model.get_submodule(path)
+    """Refuse before anything is copied."""
     if delta.inplace:
-        return {(path, k): t.clone() for k, t in delta.stored(layer).items()}
+        return
+    layer = model.get_submodule(delta.site.write)
+    if not overrides(delta, "merged"):
+        delta.merged(Dense(torch.empty(0)))  # the default: says why
+    owners = twins(model, layer.weight) if isinstance(layer.weight, Tensor) else []
+    if len(owners) > 1 and not delta.tied:
+        raise Refusal(
+            "merging would change a weight that another layer shares.",
+            found=" = ".join(owners),
+            instead="untie the weights first (config.tie_word_embeddings = False and a copy), or keep it attached",
+        )
+
+
+def merged_values(target: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
+    """(layer, parameter) -> whole tensors, as the layers of `target` store them. Overwrites the layers on the way,
+    so that each of a union's deltas builds on the one before."""
+    touched: dict[tuple[str, str], Tensor] = {}
+    for path, slot in slots(target).items():
+        layer = target.get_submodule(path)
+        # W (l x) + B A (l x): what changes the input comes last, as it also feeds what was added beside W
+        for delta in sorted(slot.of(name), key=lambda d: overrides(d, "before")):
+            changed = delta.names if isinstance(delta, InPlace) else merge_one(layer, delta)
+            touched |= {(path, key): layer.get_parameter(key).detach() for key in changed}
+    return {place: tensor.clone() for place, tensor in touched.items()}
+
+
+def merge_one(layer: nn.Module, delta: Delta) -> list[str]:
     merged = delta.merged(dense(layer, delta.site.columns))
-    return {(path, key): write(layer, key, t, delta.site.columns).clone() for key, t in merged.items()}
+    for key, tensor in merged.items():
+        write(layer, key, tensor, delta.site.columns)
+    return list(merged)
 
 
 def fold(model: nn.Module, name: str = "default") -> None:
@@ -424,11 +412,3 @@ def fold(model: nn.Module, name: str = "default") -> None:
     known(model, name)
     for delta in deltas(model, name):
         delta.fold()
-
-
-def outermost(name: str) -> str:
-    """The block a layer belongs to, or the layer itself."""
-    return block_of(name) or name
-
-
-Change = Callable[[nn.Module], None]

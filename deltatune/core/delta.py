@@ -23,7 +23,7 @@ class Refusal(TypeError):
 
 @dataclass(frozen=True)
 class Dense:
-    """What merging sees of a layer, whatever its class: weight [d_out, d_in] (rows of an embedding: [vocab, d]), bias [d_out]."""
+    """What merging sees of a layer, whatever its class: weight [d_out, d_in] (an embedding: [vocab, d]), bias [d_out]."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -37,6 +37,8 @@ class Delta(nn.Module):
 
     conditional = False
     inplace = False  # True: trains the layer's own parameters (see core/inplace.py)
+    on = False  # in-place: whether the layer holds the trained tensors now
+    tied = False  # True: merging into a weight that other layers share is what is meant
     site: Site  # where attach put this delta
     tap: Any = None  # a span's reading end
 

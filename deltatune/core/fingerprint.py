@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .delta import SLOT
-from .site import trunk
+from .site import output_layer, trunk
 
 SAMPLES = 64  # values read per tensor: < 2 s on 7 B parameters, and any fine-tune moves some of them
 IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
@@ -27,8 +27,10 @@ def fingerprint(model: nn.Module, vocab: int | None = None) -> str:
         facts["vocab_size"] = vocab
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    output = getattr(output_layer(model), "weight", None)  # T5's language model is its own trunk: leave its head out
+    kept = getattr(embedding, "weight", None)
     for name, parameter in inner.named_parameters():
-        if SLOT in name.split("."):
+        if SLOT in name.split(".") or (parameter is output and parameter is not kept):
             continue
         values = parameter.detach()
         if vocab is not None and embedding is not None and parameter is embedding.weight:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from .delta import Delta, Refusal
-from .site import Site
+from .site import Site, layers
 
 
 class InPlace(Delta):
@@ -58,14 +58,14 @@ def refuse_rows(delta: InPlace) -> None:
     raise Refusal(
         "rows() cannot give each row its own weights: this adapter trained the base's weights in place.",
         found=f"{delta.site.write} ({', '.join(delta.names)})",
-        instead="activate() one adapter at a time, or use BitFit, LoRA, (IA)^3, Adapter, Prefix or Prompt for mixed batches",
+        instead="activate() one adapter at a time; mixed batches take BitFit, LoRA, (IA)^3, Adapter, Prefix and Prompt",
     )
 
 
 def pick(model: nn.Module, chosen: Callable[[str, nn.Module], bool]) -> Iterator[tuple[Site, Delta]]:
     """One in-place delta per layer that owns a chosen parameter; tied parameters are taken once."""
     seen: set[int] = set()
-    for name, layer in list(model.named_modules()):
+    for name, layer in list(layers(model)):
         names = []
         for own, parameter in layer.named_parameters(recurse=False):
             if id(parameter) not in seen and chosen(f"{name}.{own}" if name else own, layer):

@@ -1,4 +1,4 @@
-"""Reading and writing a layer's weights, whatever its class: the only functions that know layouts and packed weights."""
+"""Reading and writing a layer's weights, whatever its class: the only place that knows layouts and packed weights."""
 
 from __future__ import annotations
 
@@ -32,13 +32,11 @@ def dense(layer: nn.Module, columns: tuple[Range, ...] | None = None) -> Dense:
     return Dense(take(weight(layer), columns, 0), None if bias is None else take(bias, columns, 0))
 
 
-def write(layer: nn.Module, key: str, value: Tensor, columns: tuple[Range, ...] | None = None) -> Tensor:
-    """Write parameter `key` (only the chosen output features of it); returns the whole parameter as stored."""
-    parameter = layer.get_parameter(key)
-    whole = columns is None and value.shape == parameter.shape and not (key == "weight" and is_conv1d(layer))
-    if key == "weight" and not whole:
-        set_weight(layer, put(weight(layer), columns, value.to(parameter.dtype), 0))
+def write(layer: nn.Module, key: str, value: Tensor, columns: tuple[Range, ...] | None = None) -> None:
+    """Write "weight" (dense, [d_out, d_in]) or "bias", or only the chosen output features of it, into the layer."""
+    if key == "weight":
+        set_weight(layer, put(weight(layer), columns, value.to(layer.weight.dtype), 0))
     else:
         with torch.no_grad():
+            parameter = layer.get_parameter(key)
             parameter.data.copy_(put(parameter, columns, value.to(parameter.dtype), 0))
-    return parameter.detach()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .delta import SLOT
+from .delta import SLOT, Refusal
 
 Range = tuple[int, int]
 
@@ -52,17 +52,14 @@ FUSED = re.compile(r"(^|\.)(c_attn|qkv_proj|query_key_value|Wqkv)$")
 ATTENTION, FFN = ("q", "k", "v", "o"), ("up", "down")
 GROUPS = {"attention": ATTENTION, "ffn": FFN, "all": ATTENTION + FFN}
 CHOICES = (*ROLES, "norm", *GROUPS)
-BLOCK = re.compile(r"^((?:.*\.)?(?:layers|layer|h|block)\.\d+)\.")
+# T5 nests 'layer.N' inside 'block.M': the block is the outermost numbered container
+BLOCK = re.compile(r"^((?:.*?\.)?(?:layers|layer|h|block)\.\d+)\.")
 
 
 def block_of(name: str) -> str | None:
     """The transformer block a module lives in ('model.layers.3'), or None outside the blocks."""
     found = BLOCK.match(name)
-    if found is None:
-        return None
-    # T5 nests 'layer.N' inside 'block.M': the block is the outermost numbered container
-    outer = re.match(r"^((?:.*?\.)?(?:layers|layer|h|block)\.\d+)\.", name)
-    return outer.group(1) if outer else found.group(1)
+    return found.group(1) if found else None
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -182,9 +179,11 @@ def role_sites(model: nn.Module, role: str) -> Iterator[Site]:
 def named(model: nn.Module, target: str) -> list[str]:
     """Layers called `target`, ending in '.target', or matching it as a regex over the whole name."""
     candidates = [name for name, layer in layers(model) if name and isinstance(getattr(layer, "weight", None), Tensor)]
-    exact = [name for name in candidates if name == target or name.endswith("." + target)]
-    if exact:
-        return exact
+    if target in candidates:
+        return [target]
+    ending = [name for name in candidates if name.endswith("." + target)]
+    if ending:
+        return ending
     try:
         pattern = re.compile(target)
     except re.error as error:
@@ -205,6 +204,20 @@ def no_match(model: nn.Module, target: str) -> str:
         f"target {target!r} matches no layer of {type(model).__name__}{moe}.{hint} "
         f"Roles: {', '.join(CHOICES)}. Layer names in its blocks: {', '.join(leaves)}. A regex must match a whole name."
     )
+
+
+def linear_at(model: nn.Module, targets: Iterable[str], who: str) -> list[Site]:
+    """`at`, for methods that change a linear map: a Refusal when a target is a norm or an embedding."""
+    found = at(model, targets)
+    for site in found:
+        layer = model.get_submodule(site.write)
+        if not is_linear(layer):
+            raise Refusal(
+                f"{who} changes linear layers, and a target is none.",
+                found=f"{site.write}: {type(layer).__name__}",
+                instead="linear targets (a role such as 'q' or 'all'); NewTokens for embeddings, Freeze for norms",
+            )
+    return found
 
 
 def at(model: nn.Module, targets: Iterable[str]) -> list[Site]:
@@ -244,12 +257,14 @@ def common(a: str, b: str) -> int:
     return shared
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a per-target pattern (a role, a name or its ending, a regex) covers the layer `name`."""
-    if pattern in GROUPS:
-        return any(plays(name, role) for role in GROUPS[pattern])
-    if pattern in ROLES:
-        return plays(name, pattern)
+def matches(site: Site, pattern: str) -> bool:
+    """Whether a per-target pattern (a role, a group, a name or its ending, a regex) covers `site`."""
+    name = site.write
+    if pattern in GROUPS or pattern in ROLES:
+        wanted = GROUPS.get(pattern, (pattern,))
+        if site.columns:  # one part of a fused projection
+            return site.label in wanted
+        return any(plays(name, role) for role in wanted)
     return name == pattern or name.endswith("." + pattern) or re.fullmatch(pattern, name) is not None
 
 
@@ -279,11 +294,32 @@ def twins(model: nn.Module, parameter: Tensor) -> list[str]:
 
 def head_modules(model: nn.Module) -> list[str]:
     """Task heads: top-level modules with parameters, outside the trunk, that are not the vocabulary projection."""
-    inner, output = trunk(model), getattr(model, "get_output_embeddings", lambda: None)()
-    if inner is model:
+    inner, output = trunk(model), output_layer(model)
+    if inner is model or output is not None:  # a language model's head is part of what was pre-trained
         return []
     return [
         name
         for name, child in model.named_children()
-        if child is not inner and child is not output and any(True for _ in child.parameters())
+        if child is not inner and any(True for _ in child.parameters())
     ]
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """The vocabulary projection, where there is one."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------
+def positions_of(model: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+    """The position_ids [1 or batch, seq] that `model` (a trunk) would give these arguments by itself."""
+    given = kwargs.get("position_ids")
+    if given is not None:
+        return given
+    ids = args[0] if args else kwargs.get("input_ids")
+    source = ids if ids is not None else kwargs["inputs_embeds"]
+    past = kwargs.get("past_key_values")
+    start = int(past.get_seq_length()) if past is not None else 0
+    mask = kwargs.get("attention_mask")
+    if getattr(model.config, "model_type", "") == "opt" and mask is not None and mask.ndim == 2:
+        return (mask.cumsum(1) * mask - 1).long()[:, start:]  # OPT counts only what is not padding
+    return torch.arange(start, start + source.shape[1], device=source.device)[None]

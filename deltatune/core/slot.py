@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from .delta import SLOT, Delta, overrides
 from .site import put, take
 
+Running = tuple[str, Delta]
+
 
 class Tap:
     """A span's reading end: remembers the input of one layer until the block it lives in is left."""
@@ -38,17 +40,22 @@ class Slot(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.active: tuple[str, ...] = ()
         self.rows: dict[str, Tensor] | None = None  # adapter name -> the batch rows it applies to
         self.row_count = 0
         self.handles: list = []
         self.hooked: set[str] = set()
+        # what runs now, in order: settled by `switch`, because the hooks are on the hot path
+        self.befores: list[Running] = []
+        self.afters: list[Running] = []
+        self.attending: list[Running] = []
+
+    def of(self, name: str) -> list[Delta]:
+        """The deltas of adapter `name` here; none when it does not touch this layer."""
+        return [d for d in self[name] if isinstance(d, Delta)] if name in self else []  # type: ignore[attr-defined]
 
     def add(self, layer: nn.Module, name: str, delta: Delta) -> None:
         """Put `delta` under adapter `name` (several may share it) and register the hooks it needs."""
-        if name not in self:
-            self[name] = nn.ModuleList()
-        self[name].append(delta)
+        self[name] = nn.ModuleList([*self.of(name), delta])
         if overrides(delta, "before"):
             self.hook("pre", lambda: layer.register_forward_pre_hook(self.pre))
         if overrides(delta, "after"):
@@ -59,28 +66,32 @@ class Slot(nn.ModuleDict):
             self.hooked.add(kind)
             self.handles.append(register())
 
-    def running(self) -> list[tuple[str, Delta]]:
-        """The deltas to run now, in order. In-place deltas act through the weights, except per row."""
-        return [(n, d) for n in self.active if n in self for d in self[n] if self.rows is not None or not d.inplace]
+    def switch(self, active: tuple[str, ...], rows: dict[str, Tensor] | None, count: int) -> None:
+        """Run these adapters from now on. In-place deltas act through the weights, except per row."""
+        self.rows, self.row_count = rows, count
+        running = [(n, d) for n in active for d in self.of(n) if rows is not None or not d.inplace]
+        self.befores = [(n, d) for n, d in running if overrides(d, "before")]
+        self.afters = [(n, d) for n, d in running if overrides(d, "after")]
+        self.attending = [(n, d) for n, d in running if overrides(d, "attend")]
 
     @property
     def attends(self) -> bool:
-        return any(overrides(delta, "attend") for _, delta in self.running())
+        return bool(self.attending)
 
-    def pre(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def pre(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not self.befores:
+            return None
         x = args[0]
-        for name, delta in self.running():
-            if overrides(delta, "before"):
-                x = self.on_rows(name, x, lambda part, _, d=delta: d.before(layer, part))
+        for name, delta in self.befores:
+            x = self.on_rows(name, x, lambda part, _, d=delta: d.before(layer, part))
         return (x, *args[1:])
 
     def post(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        for name, delta in self.running():
-            if overrides(delta, "after"):
-                source = delta.tap.read(delta.site.read) if delta.tap else args[0]
-                part = take(y, delta.site.columns)
-                part = self.on_rows(name, part, lambda p, s, d=delta: d.after(layer, s, p), source)
-                y = put(y, delta.site.columns, part)
+        for name, delta in self.afters:
+            source = delta.tap.read(delta.site.read) if delta.tap else args[0]
+            part = take(y, delta.site.columns)
+            part = self.on_rows(name, part, lambda p, s, d=delta: d.after(layer, s, p), source)
+            y = put(y, delta.site.columns, part)
         return y
 
     def on_rows(self, name: str, y: Tensor, change: Callable, x: Tensor | None = None) -> Tensor:
@@ -97,9 +108,9 @@ class Slot(nn.ModuleDict):
         return y.index_copy(0, index, changed).reshape(shape)
 
     def attend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """key, value [batch, kv_heads, seq, head_dim] -> grown at the front by p, and visible [batch, p] or None for all."""
+        """key, value [batch, kv_heads, seq, dim] -> grown at the front by p, and visible [batch, p] or None for all."""
         if self.rows is None:
-            for _, delta in self.running():
+            for _, delta in self.attending:
                 key, value = delta.attend(key, value)
             return key, value, None
         return self.attend_rows(key, value)
@@ -111,7 +122,7 @@ class Slot(nn.ModuleDict):
         grown = []
         for i in range(key.shape[0]):
             k, v = key[i : i + 1], value[i : i + 1]
-            for name, delta in self.running():
+            for name, delta in self.attending:
                 if owner.get(i // repeat) == name:
                     k, v = delta.attend(k, v)
             grown.append((k, v))
@@ -133,7 +144,8 @@ def by_row(x: Tensor, rows: int) -> Tensor:
         return x
     if x.shape[0] % rows:
         raise ValueError(
-            f"rows() was given {rows} names, but a layer sees a batch of {x.shape[0]}: give one name per row (None: base)"
+            f"rows() was given {rows} names, but a layer sees a batch of {x.shape[0]}: "
+            "give one name per row (None: the base)"
         )
     return x.reshape(rows, x.shape[0] // rows, *x.shape[1:])
 
@@ -145,4 +157,4 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 
 def deltas(model: nn.Module, name: str | None = None) -> list[Delta]:
     """The deltas of one adapter (of all, by default), in the model's order."""
-    return [d for slot in slots(model).values() for n in slot if name in (None, n) for d in slot[n]]
+    return [d for slot in slots(model).values() for n in slot if name in (None, n) for d in slot.of(n)]

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: h + s W2 act(W1 h), sequential (Houlsby, arXiv:1902.00751) or parallel (He, arXiv:2110.04366)."""
+"""Bottleneck adapters: h + s W2 act(W1 h) after a layer (arXiv:1902.00751) or beside it (parallel, arXiv:2110.04366)."""
 
 from __future__ import annotations
 

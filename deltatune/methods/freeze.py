@@ -8,23 +8,23 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..core.delta import Delta
+from ..core.delta import Delta, Refusal
 from ..core.inplace import pick
 from ..core.registry import method, nearest
-from ..core.site import Site, block_of, head_modules
+from ..core.site import Site, block_of, head_modules, layers
 
 
 @method("freeze", paper="1801.06146", kind="selective", mergeable=True, lr=1e-4)
 @dataclass(frozen=True)
 class Freeze:
-    """Train the last n blocks (`last`), the first n (`first`), or the parameters whose names match `names`; the rest is frozen."""
+    """Train the last n blocks (`last`), the first n (`first`), or the parameters that `names` match; freeze the rest."""
 
     last: int = 0
     first: int = 0
     names: tuple[str, ...] = ()
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
-        blocks = list(dict.fromkeys(b for n, _ in model.named_modules() if (b := block_of(n + "."))))
+        blocks = list(dict.fromkeys(b for n, _ in layers(model) if (b := block_of(n + "."))))
         n_last = self.last if self.last or self.first or self.names else 2
         if max(n_last, self.first) > len(blocks):
             raise ValueError(
@@ -38,12 +38,11 @@ class Freeze:
         return any(re.fullmatch(pattern, name) for pattern in self.names)
 
     def check(self, model: nn.Module) -> None:
-        have = [name for name, _ in model.named_parameters()]
+        have = [f"{name}.{own}" for name, layer in layers(model) for own in layer._parameters]
         for pattern in self.names:
             if not any(re.fullmatch(pattern, name) for name in have):
-                raise ValueError(
-                    f"Freeze pattern {pattern!r} matches no parameter name.{nearest(pattern, have)} It must match a whole name"
-                )
+                near = nearest(pattern, have)
+                raise ValueError(f"Freeze pattern {pattern!r} matches no whole parameter name.{near}")
 
 
 @method("full", paper="1810.04805", kind="selective", mergeable=True, lr=2e-5)
@@ -63,8 +62,10 @@ class Head:
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         heads = head_modules(model)
         if not heads:
-            raise ValueError(
-                f"{type(model).__name__} has no task head beside its vocabulary projection: load it for classification"
+            raise Refusal(
+                "Head trains a task head, and this model has none.",
+                found=f"{type(model).__name__} with {', '.join(name for name, _ in model.named_children())}",
+                instead="the model loaded for classification (AutoModelForSequenceClassification and its kin)",
             )
         for site, delta in pick(model, lambda name, _: name.split(".")[0] in heads):
             delta.conditional = True

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.delta import Delta, Dense
+from ..core.delta import Delta, Dense, Refusal
 from ..core.registry import method
-from ..core.site import Site, at, widths
+from ..core.site import Site, linear_at, widths
 
 
 @method("ia3", paper="2205.05638", kind="rescale", peft="IA3", mergeable=True, lr=3e-3)
@@ -22,10 +22,16 @@ class IA3:
     inputs: tuple[str, ...] = ("down",)
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
-        for site in at(model, self.outputs):
+        for site in linear_at(model, self.outputs, "(IA)^3") if self.outputs else ():
             d = sum(b - a for a, b in site.columns) if site.columns else widths(model.get_submodule(site.write))[1]
             yield site, ScaleOutput(d)
-        for site in at(model, self.inputs):
+        for site in linear_at(model, self.inputs, "(IA)^3") if self.inputs else ():
+            if site.columns:
+                raise Refusal(
+                    "(IA)^3 cannot rescale the input of one part of a fused projection: its parts share that input.",
+                    found=f"{site.write} as {site.label!r}",
+                    instead=f"outputs=({site.label!r},), or the whole layer by its name",
+                )
             yield site, ScaleInput(widths(model.get_submodule(site.write))[0])
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..core.delta import Delta, Dense
 from ..core.registry import method
-from ..core.site import Site, at, matches, widths
+from ..core.site import Site, linear_at, matches, widths
 
 
 @method("lora", paper="2106.09685", kind="linear", peft="LORA", mergeable=True, lr=1e-3)
@@ -34,23 +34,23 @@ class LoRA:
             raise ValueError(f"LoRA needs r >= 1 and 0 <= dropout < 1, got r={self.r}, dropout={self.dropout}")
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
-        sites = at(model, self.targets)
+        sites = linear_at(model, self.targets, "LoRA")
         for pattern in self.patterns:
-            if not any(matches(site.write, pattern) for site in sites):
+            if not any(matches(site, pattern) for site in sites):
                 raise ValueError(
-                    f"LoRA pattern {pattern!r} matches none of the {len(sites)} target layers, such as {sites[0].write!r}"
+                    f"LoRA pattern {pattern!r} matches none of the {len(sites)} targets, such as {sites[0].write!r}"
                 )
         for site in sites:
             d_in, d_out = widths(model.get_submodule(site.write))
             if site.columns:
                 d_out = sum(b - a for a, b in site.columns)
-            yield site, LowRank(d_in, d_out, self.settings(site.write))
+            yield site, LowRank(d_in, d_out, self.settings(site))
 
-    def settings(self, layer: str) -> tuple[int, float, float]:
-        """(r, alpha, dropout) of one layer: the last matching pattern wins."""
+    def settings(self, site: Site) -> tuple[int, float, float]:
+        """(r, alpha, dropout) at one site: the last matching pattern wins."""
         r, alpha = self.r, self.alpha
         for pattern, own in self.patterns.items():
-            if matches(layer, pattern):
+            if matches(site, pattern):
                 r, alpha = int(own.get("r", r)), own.get("alpha", alpha)
         return r, alpha, self.dropout
 

@@ -1,4 +1,4 @@
-"""Prompt tuning (Lester et al. 2021, arXiv:2104.08691): [P; E(x)]; token ids past the vocabulary stand for rows of P."""
+"""Prompt tuning (Lester et al. 2021, arXiv:2104.08691): [P; E(x)]; ids past the vocabulary stand for rows of P."""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ class NewTokens:
         layer = model.get_submodule(name)
         if not self.ids or max(self.ids) >= len(layer.weight) or min(self.ids) < 0:
             raise ValueError(
-                f"NewTokens ids {self.ids} must be in 0..{len(layer.weight) - 1}: call add_tokens(model, tokenizer, ...) first"
+                f"NewTokens ids {self.ids} must be in 0..{len(layer.weight) - 1}: "
+                "call add_tokens(model, tokenizer, ...) first"
             )
         rows = TokenRows(layer.weight, self.ids)
         yield Site(name, name), rows

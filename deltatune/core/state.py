@@ -1,0 +1,88 @@
+"""State: what is attached to a model, what runs now, and the two hooks on its trunk that keep both honest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .site import positions_of
+from .slot import deltas
+
+STATE = "deltatune_state"  # the attribute of the model that holds its State
+
+
+@dataclass
+class State:
+    """What has been attached to a model; lives on the model, so that a deep copy takes its own along."""
+
+    base: str
+    grads: dict[str, bool]
+    vocab: int | None = None  # the base's own vocabulary, when tokens were added to it
+    methods: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    shifts: dict[str, int] = field(default_factory=dict)  # adapter -> how far it moves real tokens back
+    active: tuple[str, ...] = ()
+    rows: tuple[str | None, ...] | None = None
+    focus: str | None = None  # the adapter that is trainable
+    packing: bool = False
+    attention: Any = None  # the implementation to go back to, while ours is in use
+    handles: list = field(default_factory=list)
+
+    def token(self) -> tuple:
+        return self.active, self.rows
+
+    def watch(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Trunk hook: a backward pass that recomputes must see the adapters the forward pass saw."""
+        seen = self.token()
+        tensor = next((t for t in tensors(output) if t.requires_grad), None)
+        if tensor is not None:
+            tensor.register_hook(lambda grad: self.same(seen, module))
+
+    def same(self, seen: tuple, module: nn.Module) -> None:
+        if seen != self.token() and needs_same_state(module):
+            raise RuntimeError(
+                f"adapters changed between forward ({describe(seen)}) and backward ({describe(self.token())}): "
+                "recomputation would give a wrong gradient. Call backward before activate(), or restore the adapters"
+            )
+
+    def shift(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Trunk hook: real tokens stand after the active prefixes' positions."""
+        if not any(self.shifts.get(n) for n in self.active):
+            return None
+        positions = positions_of(module, args, kwargs)
+        return args, {**kwargs, "position_ids": positions + self.offsets(positions.device, batch(args, kwargs))}
+
+    def offsets(self, device: torch.device, rows: int) -> Tensor:
+        """[1, 1], or [rows, 1] where rows differ (beams repeat each row)."""
+        if self.rows is None:
+            return torch.tensor([[sum(self.shifts.get(n, 0) for n in self.active)]], device=device)
+        by = torch.tensor([[self.shifts.get(n or "", 0)] for n in self.rows], device=device)
+        return by.repeat_interleave(max(rows // len(self.rows), 1), 0)
+
+
+def batch(args: tuple, kwargs: dict) -> int:
+    ids = args[0] if args else kwargs.get("input_ids")
+    return len(ids if ids is not None else kwargs["inputs_embeds"])
+
+
+def describe(token: tuple) -> str:
+    return f"rows {list(token[1])}" if token[1] is not None else f"active {list(token[0])}"
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        yield from (t for t in output.values() if isinstance(t, Tensor))
+    elif isinstance(output, tuple | list):
+        yield from (t for t in output if isinstance(t, Tensor))
+
+
+def needs_same_state(module: nn.Module) -> bool:
+    """Only recomputation and in-place weights can see another state in backward than in forward."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in module.modules()) or any(
+        d.inplace for d in deltas(module)
+    )
