@@ -399,3 +399,90 @@ def test_every_known_name_is_pinned() -> None:
             assert len(entry.pin.sha256) == 64
             assert fetch.is_release(entry.pin.file, entry.pin)
             assert entry.licence
+
+
+# --- GGUF ---
+
+
+def alphabet() -> list[str]:
+    """GPT-2's 256 printable stand-ins for bytes, in the order of their code points."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+
+
+def gguf_file(path: Path, tokens: list[str], eos: bool = True, seed: int = 0) -> Path:
+    """A two-layer Llama of width 32 with a byte-level tokenizer and no output matrix: tied embeddings."""
+    import gguf
+    import numpy as np
+
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(8)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["a b"])
+    if eos:
+        writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_chat_template("{{ messages[0]['content'] }}")
+    random = np.random.default_rng(seed)
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_gate": (48, 32), "ffn_up": (48, 32), "ffn_down": (32, 48), "attn_norm": (32,), "ffn_norm": (32,)}
+    named = {f"blk.{layer}.{name}": shape for layer in range(2) for name, shape in shapes.items()}
+    for name, shape in {"token_embd": (len(tokens), 32), "output_norm": (32,), **named}.items():
+        writer.add_tensor(f"{name}.weight", random.normal(0, 0.3, shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_becomes_an_ordinary_folder(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = gguf_file(tmp_path / "tiny.gguf", [*alphabet(), "ab", "<|endoftext|>", "<|im_end|>"])
+    folder = zoo.model_path(str(path))
+    assert zoo.model_path(str(path)) == folder
+    assert not list(folder.parent.glob(".tiny*.unpack*"))
+    config = json.loads((folder / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["tie_word_embeddings"]
+    assert config["dtype"] == "bfloat16"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.model_max_length) == ("<|im_end|>",) * 2 + (64,)
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    direct = AutoModelForCausalLM.from_pretrained(str(tmp_path), gguf_file=path.name, dtype=torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for name, value in direct.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value.bfloat16().float()), name
+    model.save_pretrained(tmp_path / "again")
+
+
+LOST = [
+    ("no end of sequence", [*alphabet(), "ab", "<|endoftext|>"], False, "end-of-sequence"),
+    (
+        "a byte is missing",
+        [*(c for c in alphabet() if c != "H"), "ab", "<|endoftext|>", "<|im_end|>"],
+        True,
+        "give back",
+    ),
+    ("a token without a row", [*alphabet(), "ab", "<|im_end|>"], True, "259 tokens, the model only 258 rows"),
+]
+
+
+@pytest.mark.parametrize(("tokens", "eos", "says"), [row[1:] for row in LOST], ids=[row[0] for row in LOST])
+def test_gguf_that_lost_something_is_refused(tmp_path: Path, tokens: list[str], eos: bool, says: str) -> None:
+    path = gguf_file(tmp_path / "tiny.gguf", tokens, eos)
+    with pytest.raises(ValueError, match=says):
+        zoo.model_path(str(path))
+    assert not [entry for entry in fetch.cache("models", "x").parent.iterdir() if entry.suffix != ".lock"]
