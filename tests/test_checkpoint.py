@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,52 @@ def test_any_failing_call_leaves_the_previous_checkpoint(
         shutil.rmtree(ours.folder / "ckpt-00000010", ignore_errors=True)
     assert found.step == 10
     assert failed == k - 1 >= 25, (failed, k)
+
+
+class Killed(BaseException):
+    """Nobody catches it, so that nothing is cleaned up."""
+
+
+def test_dying_at_any_call_leaves_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = store(tmp_path, keep=1)
+    ours.save(snapshot(5))
+    found, k, steps = None, 0, list[int]()
+    while True:
+        k += 1
+        with monkeypatch.context() as patch:
+            fault = Failing(patch, k, Killed())
+            with suppress(Killed):
+                ours.save(snapshot(10))
+        found, notes = ours.latest()
+        assert found is not None, k
+        assert notes == [], k
+        steps.append(found.step)
+        if fault.calls < k:
+            break
+        with ours.lock():
+            assert list(ours.folder.glob("*.tmp-*")) == [], k
+        shutil.rmtree(ours.folder / "ckpt-00000010", ignore_errors=True)
+        ours.save(snapshot(5))
+    assert steps == sorted(steps), "once it is there it stays there"
+    assert set(steps) == {5, 10}
+
+
+def test_a_real_limit_on_file_size(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    ours = store(tmp_path)
+    ours.save(snapshot(5))
+    big = Snapshot(10, {"w": torch.zeros(50_000)}, {}, {})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(SaveFailed, match=r"ckpt-00000010 was not saved: .*File too large"):
+            ours.save(big)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    found, notes = ours.latest()
+    assert found is not None
+    assert (found.step, notes) == (5, [])
+    assert ours.save(big).name == "ckpt-00000010"
 
 
 # -- killed runs ------------------------------------------------------------------------------------------------------
