@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deltatune.core import attention
@@ -214,6 +214,12 @@ def test_encoder_decoders_refuse_packing(family):
         model(input_ids=batch["input_ids"], decoder_input_ids=batch["decoder_input_ids"])
     with pytest.raises(Refusal, match="takes no position_ids"):
         positions(model, (3, 4))
+
+
+def test_chunked_attention_refuses_packing():
+    config = tiny("llama", attn_implementation=IMPLEMENTATION, attention_chunk_size=4).config
+    with pytest.raises(Refusal, match="attention_chunk_size 4"), packed((3, 4)):
+        create_chunked_causal_mask(config, torch.zeros(1, 7, 32), None, None)
 
 
 def test_packing_that_nobody_reads_is_an_error():

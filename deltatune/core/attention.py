@@ -136,11 +136,17 @@ def _group(length: int, order: tuple[int, ...], starts: tuple[int, ...], how: Ma
 
 def _check_pack(pack: _Pack, shape: tuple[int, int, int], how: Mapping[str, Any]) -> None:
     rows, queries, keys = shape
-    config = how.get("config")
+    config: Any = how.get("config")
     if getattr(config, "is_encoder_decoder", False):
         raise Refusal(
             "An encoder-decoder has two lengths per example, and its position biases do not restart.",
             found=type(config).__name__,
+            instead="padded batches for this model (no packed())",
+        )
+    if getattr(config, "attention_chunk_size", None):
+        raise Refusal(
+            "Chunked attention counts its chunks from the start of the row, not of the sequence.",
+            found=f"{type(config).__name__} with attention_chunk_size {config.attention_chunk_size}",
             instead="padded batches for this model (no packed())",
         )
     if keys != queries:
@@ -171,14 +177,13 @@ def attend(
         raise Refusal(
             "Attention sinks are not implemented.", found=type(module).__name__, instead="a model without sinks"
         )
-    keys, visible = key.shape[2], None
+    if isinstance(attention_mask, Packed):
+        return _attend_packed(module, (query, key, value), attention_mask, how), None
     slot: Any = module._modules.get(SLOT)
     if slot is not None and slot.attends:
+        keys = key.shape[2]
         key, value, visible = slot.attend(key, value)
-    if isinstance(attention_mask, Packed):
-        return _attend_packed(module, (query, key, value, visible), attention_mask, how), None
-    p = key.shape[2] - keys
-    if p:
+        p = key.shape[2] - keys
         mask = Mask(attention_mask, _causal(module, query, how)).grown(p, visible, query, keys)
         if (bias := how.get("position_bias")) is not None:
             how = how | {"position_bias": F.pad(bias, (p, 0))}
@@ -193,7 +198,7 @@ def _causal(module: nn.Module, query: Tensor, how: Mapping[str, Any]) -> bool:
 
 
 def _attend_packed(
-    module: nn.Module, tensors: tuple[Tensor, Tensor, Tensor, Tensor | None], packed: Packed, how: Mapping[str, Any]
+    module: nn.Module, tensors: tuple[Tensor, Tensor, Tensor], packed: Packed, how: Mapping[str, Any]
 ) -> Tensor:
     if how.get("position_bias") is not None:
         raise Refusal(
@@ -201,28 +206,29 @@ def _attend_packed(
             found=type(module).__name__,
             instead="padded batches for this model (no packed())",
         )
-    query, key, value, visible = tensors
-    p = key.shape[2] - query.shape[2]
-    out: list[Tensor] = [query] * len(packed.lens)
+    front = _front(module, tensors[1], len(packed.lens))
+    out: list[Tensor] = [tensors[0]] * len(packed.lens)
     for group in packed.groups:
-        q, k, v, mask = group.gather(query), group.gather(key[:, :, p:]), group.gather(value[:, :, p:]), group.mask
-        if p:
-            seen = _rows(visible, group)
-            mask = mask.grown(p, seen, q, group.length)
-            k, v = (torch.cat([t[:, :, :p].expand(len(x), -1, -1, -1), x], 2) for t, x in ((key, k), (value, v)))
-        done = _softmax(module, (q, k, v), mask.see, {**how, "is_causal": mask.causal})
+        query, key, value = (group.gather(x) for x in tensors)
+        mask = group.mask
+        if front is not None:
+            order = list(group.order)
+            k, v, visible = front
+            mask = mask.grown(k.shape[2], None if visible is None else visible[order], query, group.length)
+            key, value = torch.cat([k[order], key], dim=2), torch.cat([v[order], value], dim=2)
+        done = _softmax(module, (query, key, value), mask.see, {**how, "is_causal": mask.causal})
         for i, row in zip(group.order, done.split(1), strict=True):
             out[i] = row
     return torch.cat(out, dim=1)
 
 
-def _rows(visible: Tensor | None, group: Group) -> Tensor | None:
-    """visible [1 or sequences, p] -> [sequences of the group, p]."""
-    if visible is None:
+def _front(module: nn.Module, key: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The learned positions of each packed sequence: what the slot puts in front of no keys at all."""
+    slot: Any = module._modules.get(SLOT)
+    if slot is None or not slot.attends:
         return None
-    if len(visible) == 1:
-        return visible.expand(len(group.order), -1)
-    return visible[list(group.order)]
+    none = key.new_empty(sequences, key.shape[1], 0, key.shape[3])
+    return slot.attend(none, none)
 
 
 def _softmax(
@@ -311,9 +317,10 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
 def _is_attention(name: str, module: nn.Module) -> bool:
     """Innermost modules called attention: wrappers such as BertAttention hold the one that attends."""
-    inner = [m for n, m in module.named_modules() if n and SLOT not in n.split(".")]
-    attends = [m for m in (module, *inner) if "Attention" in type(m).__name__]
-    return SLOT not in name.split(".") and attends == [module]
+    if "Attention" not in type(module).__name__ or SLOT in name.split("."):
+        return False
+    inner = [type(m).__name__ for n, m in module.named_modules() if n and SLOT not in n.split(".")]
+    return not any("Attention" in n for n in inner)
 
 
 def _kind(name: str) -> str:
