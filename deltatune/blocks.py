@@ -17,7 +17,7 @@ PATH = Path(__file__).parent / "methods" / "index.json"
 
 # What an objective accepts; the same form as a method's entry in the index, which wins when it has "objectives".
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "sft": {"fields": {}},
+    "sft": {"fields": {"train_on": {"type": 'Literal["assistant", "last", "all"]', "default": "assistant"}}},
     "classify": {
         "fields": {
             "kind": {"type": 'Literal["auto", "single", "multi", "regression"]', "default": "auto"},
@@ -26,8 +26,8 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     },
     "cloze": {
         "fields": {
-            "template": {"type": "str | None", "default": None},
-            "labels": {"type": "dict | None", "default": None},
+            "template": {"type": "str", "default": "{text} It was <mask>."},
+            "labels": {"type": "dict | list", "default": []},
         }
     },
 }

@@ -127,7 +127,7 @@ def arithmetic() -> list[Check]:
     kind = torch.backends.cpu.get_cpu_capability()
     found = [
         Check("threads", f"{torch.get_num_threads()} of torch"),
-        Check("bf16", f"matrix product {ratio:.1f}x the speed of fp32 ({kind})", None, advice),
+        Check("bf16", f"matrix product {ratio:.2g}x the speed of fp32 ({kind})", None, advice),
     ]
     return [*found, gpu(torch)]
 

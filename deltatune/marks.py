@@ -85,8 +85,8 @@ def dotted(spot: Iterable[str | int]) -> str:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """` (did you mean 'lr'?)`, or nothing when no name is near."""
-    close = difflib.get_close_matches(name.lower(), list(names), n=2, cutoff=0.6)
-    return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
+    close = difflib.get_close_matches(name.lower(), list(names), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def read_text(text: str, name: str) -> tuple[dict[Any, Any], dict[Spot, str]]:

@@ -319,7 +319,10 @@ def test_an_override_says_what_it_replaced_and_is_named_in_errors():
     "more",
     [
         {},
-        {"method": "pair", "objective": {"cloze": {"labels": {"no": ["bad"], 1: ["good"]}, "template": None}}},
+        {
+            "method": "pair",
+            "objective": {"cloze": {"labels": {"no": ["bad"], 1: ["good"]}, "template": "{text}: <mask>"}},
+        },
         {
             "train": {"steps": 3, "batch_rows": 2, "lr": 1e-5},
             "data": {"train": ["a", "on"], "columns": ["text", "label"]},
