@@ -1,0 +1,141 @@
+"""Score: loss, predictions and metrics of a model on one set of rows, and the untuned model with its best prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data.batch import Batching, plan
+from ..data.encode import Encoded
+from ..data.example import Example
+from .generate import Decoding, answers, evaluating
+from .incontext import Prompt, Search, best_untuned
+from .intervals import difference, interval
+from .metrics import answer, find, for_task
+
+if TYPE_CHECKING:
+    from ..train.job import Job
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One set, measured. `predictions` and `references` are empty where only the loss has a meaning."""
+
+    loss: float
+    metrics: dict[str, float]
+    predictions: list[Any]
+    references: list[Any]
+    tokens_per_s: float = 0.0
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        return {"loss": self.loss, **self.metrics}
+
+
+def score(job: Job, examples: Sequence[Example], names: Sequence[str] = (), predicts: bool = True) -> Scored:
+    """Loss over every target of `examples`, and the metrics `names` (by default what suits the rows)."""
+    with evaluating(job.model), torch.no_grad():
+        loss = mean_loss(job, job.encode(examples))
+        names = tuple(names) or metrics_for(job, examples)
+        scored = [e for e in examples if job.objective.reference(e) is not None] if predicts else []
+        if not scored or names == ("perplexity",):
+            return Scored(loss, {"perplexity": float(torch.tensor(loss).exp())}, [], [])
+        predictions, speed = predict(job, scored)
+    references = [job.objective.reference(e) for e in scored]
+    found = {name: find(name).compute(predictions, references) for name in names}
+    return Scored(loss, found, predictions, references, speed)
+
+
+def metrics_for(job: Job, examples: Sequence[Example]) -> tuple[str, ...]:
+    return tuple(job.config.eval.metrics) or for_task(job.objective, examples)
+
+
+def mean_loss(job: Job, rows: Sequence[Encoded]) -> float:
+    """Mean over all targets, the same whatever the batches."""
+    total, targets = 0.0, 0
+    for batch in batches(job, rows):
+        total += float(job.objective.loss(job.model, batch)[0])
+        targets += batch.targets
+    return total / max(targets, 1)
+
+
+def batches(job: Job, rows: Sequence[Encoded]) -> Any:
+    """Padded batches of like length, longest rows too."""
+    lengths = [max(len(r.ids), len(r.labels or ())) for r in rows]
+    room = max(BATCH_TOKENS, max(lengths, default=1))
+    for group in plan(lengths, Batching(tokens=room, group=True)):
+        yield job.batch([rows[i] for i in group], packs=False)
+
+
+def predict(job: Job, examples: Sequence[Example]) -> tuple[list[Any], float]:
+    """(one prediction per example in order, generated tokens per second)."""
+    if job.objective.name != "sft":
+        return classify(job, examples), 0.0
+    found = answers(job.model, job.tokenizer, prompts_of(job, examples), Decoding(job.config.eval.max_new_tokens))
+    return [text.strip() for text in found.texts], found.tokens_per_second
+
+
+def prompts_of(job: Job, examples: Sequence[Example]) -> list[Encoded]:
+    """Rows as they are trained, cut before the last answer: training and inference render alike."""
+    from ..train.job import last_turn
+
+    return [row for e in examples for row in job.encode([e], last_turn(job.encoding))[-1:]]
+
+
+def classify(job: Job, examples: Sequence[Example]) -> list[Any]:
+    found: list[Any] = [None] * len(examples)
+    rows = [job.objective.encode(e, job.tokenizer, job.encoding)[0] for e in examples]
+    lengths = [len(r.ids) for r in rows]
+    for group in plan(lengths, Batching(tokens=max(BATCH_TOKENS, max(lengths)), group=True)):
+        for i, said in zip(
+            group, job.objective.predict(job.model, job.batch([rows[i] for i in group], False)), strict=True
+        ):
+            found[i] = said
+    return found
+
+
+# ---- the untuned model -----------------------------------------------------------------------------------------------
+def untuned(job: Job, examples: Sequence[Example], held_out: int = 32) -> tuple[Scored, dict[str, Any]]:
+    """The base with its best prompt, not its worst: its score on `examples`, and what every prompt got.
+
+    The prompt is chosen on held-out TRAINING rows; the evaluation rows choose nothing.
+    """
+    prompts, names = baselines(job), metrics_for(job, examples)
+    if len(prompts) < 2 or job.objective.name != "sft" or not all(map(answer, examples)):
+        return score(job, examples), {}
+    own = score(job, examples, predicts=False)
+    search = Search(names[0], held_out, job.config.train.seed, Decoding(job.config.eval.max_new_tokens))
+    found = best_untuned(job.model, job.tokenizer, job.train, examples, prompts, search)
+    said, wanted = found.pop("predictions"), found.pop("references")
+    numbers = {name: find(name).compute(said, wanted) for name in names}
+    return Scored(own.loss, numbers, said, wanted), found
+
+
+def baselines(job: Job) -> Sequence[Prompt]:
+    """The prompts to try on the untuned model: the caller's, or the row as it is, with and without demonstrations."""
+    shots = (0, job.config.eval.shots) if job.config.eval.shots else (0,)
+    return job.baselines or [Prompt(f"as asked, {n}-shot", shots=n) for n in shots]
+
+
+# ---- intervals -------------------------------------------------------------------------------------------------------
+def intervals(scored: Scored) -> dict[str, list[float]]:
+    """95 % intervals over rows, by metric."""
+    if not scored.predictions:
+        return {}
+    return {name: interval(find(name), scored.predictions, scored.references).bounds for name in scored.metrics}
+
+
+def gain(before: Scored, after: Scored) -> dict[str, list[float]]:
+    """[difference, low, high] of every metric, rows paired."""
+    if not before.predictions or len(before.predictions) != len(after.predictions):
+        return {}
+    found = {}
+    for name in after.metrics:
+        d = difference(find(name), before.predictions, after.predictions, after.references)
+        found[name] = [d.value, *d.bounds]
+    return found

@@ -1,0 +1,116 @@
+"""Classify: a linear head on the first token of an encoder or the last of a decoder (BERT practice, arXiv:1810.04805)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.attention import packed, positions
+from ..core.site import trunk
+from ..data.batch import Batch
+from ..data.encode import Encoded, Encoding, classified, label_names
+from ..data.example import Example
+from .common import load, run
+
+KINDS = ("auto", "single", "multi", "regression")
+
+
+@dataclass(frozen=True)
+class Classify:
+    """kind: 'single' label (cross-entropy), 'multi' (a sigmoid per label), 'regression' (squared error), 'auto' from the data.
+
+    labels: class names in order; left out, they are taken from the training set.
+    """
+
+    kind: str = "auto"
+    labels: tuple[str, ...] | None = None
+
+    name = "classify"
+    packs = False
+    task_head = True
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"classify kind {self.kind!r}: choose from {', '.join(KINDS)}")
+        if self.labels is not None:
+            object.__setattr__(self, "labels", tuple(self.labels))
+
+    def fit(self, examples: Sequence[Example]) -> Classify:
+        """Class names and kind from the training rows."""
+        unlabelled = next((e.where for e in examples if e.label is None), None)
+        if unlabelled:
+            raise ValueError(f"{unlabelled}: classify needs a label in every row (columns text and label)")
+        names = self.labels if self.labels is not None else label_names(examples)
+        several = any(isinstance(e.label, tuple) for e in examples)
+        kind = self.kind if self.kind != "auto" else "multi" if several else "single" if names else "regression"
+        if kind != "regression" and len(names) < 2:
+            raise ValueError(
+                f"classify needs two classes or more, the training set has {len(names)}: {', '.join(names)}"
+            )
+        return replace(self, kind=kind, labels=() if kind == "regression" else tuple(names))
+
+    def load(self, path: Any, config: Any, **options: Any) -> Any:
+        names = list(self.labels or ())
+        model = load("AutoModelForSequenceClassification", path, num_labels=max(len(names), 1), **options)
+        if names:
+            model.config.id2label = dict(enumerate(names))
+            model.config.label2id = {n: i for i, n in enumerate(names)}
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = model.config.eos_token_id
+        return model
+
+    def encode(self, example: Example, tokenizer: Any, encoding: Encoding) -> list[Encoded]:
+        return [classified(example, tokenizer, self.labels or (), encoding)]
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[rows, classes]. A decoder is read at its last real token: the head's own rule would stop at the pad id."""
+        if not hasattr(model, "score"):
+            return run(model, batch).logits
+        if batch.lens is not None:
+            with packed(batch.lens):
+                hidden = trunk(model)(**{**batch.inputs, "position_ids": positions(model, batch.lens)})[0][0]
+            ends = torch.tensor(batch.lens, device=hidden.device).cumsum(0) - 1
+            return model.score(hidden.index_select(0, ends))
+        hidden = trunk(model)(**batch.inputs, use_cache=False)[0]
+        mask = batch.inputs["attention_mask"]
+        last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(1)
+        return model.score(hidden[torch.arange(len(last), device=last.device), last])
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """(sum over the rows, metrics)."""
+        logits = self.logits(model, batch).float()
+        if self.kind == "regression":
+            return F.mse_loss(logits.squeeze(-1), batch.labels.float(), reduction="sum"), {}
+        if self.kind == "multi":
+            each = F.binary_cross_entropy_with_logits(logits, batch.labels.float(), reduction="none")
+            return each.mean(-1).sum(), {}
+        hits = float((logits.argmax(-1) == batch.labels).float().mean())
+        return F.cross_entropy(logits, batch.labels, reduction="sum"), {"accuracy": hits}
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
+        """A class name, a tuple of them, or a score for each row."""
+        logits = self.logits(model, batch).float()
+        if self.kind == "regression":
+            return logits.squeeze(-1).tolist()
+        names = self.labels or ()
+        if self.kind == "multi":
+            return [tuple(n for n, z in zip(names, row, strict=True) if z > 0) for row in logits.tolist()]
+        return [names[i] for i in logits.argmax(-1).tolist()]
+
+    def reference(self, example: Example) -> Any:
+        """The row's label as `predict` spells it."""
+        if self.kind == "regression":
+            return float(example.label)  # type: ignore[arg-type]
+        if isinstance(example.label, tuple):
+            return tuple(n for n in self.labels or () if n in {str(x) for x in example.label})
+        return spelled(example.label)
+
+
+def spelled(label: Any) -> str:
+    return str(int(label)) if isinstance(label, float) and label == int(label) else str(label)

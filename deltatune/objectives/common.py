@@ -1,0 +1,73 @@
+"""What every objective shares: loading the model its head needs, running a batch, and logits only where they count."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.attention import packed, positions
+from ..data.batch import Batch
+
+IGNORE = -100
+
+
+def load(auto: str, path: Path | str, **options: Any) -> Any:
+    """A transformers Auto class's from_pretrained, safetensors only, never remote code.
+
+    Weights that the checkpoint lacks (a pooler, a head) are drawn from a fixed seed: the base is the same every time.
+    """
+    import transformers
+
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        return getattr(transformers, auto).from_pretrained(path, use_safetensors=True, **options)
+
+
+def language_class(config: Any) -> str:
+    """The Auto class whose head predicts tokens for this configuration."""
+    names = " ".join(config.architectures or ())
+    if config.is_encoder_decoder:
+        return "AutoModelForSeq2SeqLM"
+    masked = "MaskedLM" in names or config.model_type in MASKED
+    return "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
+
+
+MASKED = ("bert", "roberta", "distilbert", "electra", "modernbert", "albert", "deberta-v2", "xlm-roberta", "camembert")
+
+
+def kind_of(model: nn.Module) -> str:
+    """'seq2seq', 'masked' or 'causal'."""
+    if model.config.is_encoder_decoder:
+        return "seq2seq"
+    return "causal" if getattr(model.config, "is_decoder", False) or model.config.model_type not in MASKED else "masked"
+
+
+def run(model: nn.Module, batch: Batch, **more: Any) -> Any:
+    """The model's forward pass over a padded or a packed batch."""
+    if batch.lens is None:
+        return model(**batch.inputs, **more)
+    inputs = {**batch.inputs, "position_ids": positions(model, batch.lens)}
+    with packed(batch.lens):
+        return model(**inputs, **more)
+
+
+def kept_logits(model: nn.Module, batch: Batch, keep: Tensor) -> Tensor:
+    """Logits [rows, len(keep), vocab] at the positions `keep` [n] alone, where the model can leave the others out."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return run(model, batch, use_cache=False, logits_to_keep=keep).logits
+    return run(model, batch).logits.index_select(1, keep)
+
+
+def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Summed cross-entropy in fp32 over labels != -100; metrics: the share of tokens predicted right."""
+    flat, wanted = logits.flatten(0, -2).float(), labels.flatten()
+    loss = F.cross_entropy(flat, wanted, ignore_index=IGNORE, reduction="sum")
+    with torch.no_grad():
+        hits = (flat.argmax(-1) == wanted).sum()
+        return loss, {"token_accuracy": float(hits / (wanted != IGNORE).sum().clamp(min=1))}

@@ -1,0 +1,65 @@
+"""SFT: next-token cross-entropy on the supervised tokens (chat, prompt and completion, plain text, encoder-decoder)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.delta import Refusal
+from ..data.batch import Batch
+from ..data.encode import Encoded, Encoding, encode_all
+from ..data.example import Example
+from .common import IGNORE, kept_logits, kind_of, language_class, load, run, token_loss
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Supervised fine-tuning. What is learned is decided when rows are encoded (`train_on`), not here."""
+
+    train_on: str = "assistant"
+
+    name = "sft"
+    packs = True
+    task_head = False
+
+    def fit(self, examples: Sequence[Example]) -> SFT:
+        """What the training set decides; nothing here."""
+        return self
+
+    def load(self, path: Any, config: Any, **options: Any) -> Any:
+        auto = language_class(config)
+        if auto == "AutoModelForMaskedLM":
+            raise Refusal(
+                "SFT predicts the next token, which a masked language model does not.",
+                found=f"model type {config.model_type}",
+                instead="the objective classify or cloze, or a causal or encoder-decoder model",
+            )
+        return load(auto, path, **options)
+
+    def encode(self, example: Example, tokenizer: Any, encoding: Encoding) -> list[Encoded]:
+        return encode_all(example, tokenizer, encoding)
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """(sum over the supervised tokens, metrics). Logits are made only at the positions that predict one."""
+        if kind_of(model) == "seq2seq":
+            start = model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+            out = run(model, batch, decoder_input_ids=start, use_cache=False)
+            return token_loss(out.logits, batch.labels)
+        wanted = batch.labels[:, 1:]  # position t predicts token t + 1
+        keep = (wanted != IGNORE).any(0).nonzero().squeeze(-1)
+        return token_loss(kept_logits(model, batch, keep), wanted.index_select(1, keep))
+
+    def reference(self, example: Example) -> str | None:
+        """The answer that a generated one is compared with; None: nothing to generate (plain text)."""
+        if example.completion is not None:
+            return example.completion
+        said = [turn for turn in example.turns if turn.role == "assistant"]
+        return said[-1].content if said and example.turns[-1] is said[-1] else None
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
+        raise TypeError("SFT answers by generation: see evaluate.generate")

@@ -1,0 +1,1 @@
+"""Templates and label words: a task as a gap that the language model fills."""

@@ -1,0 +1,97 @@
+"""The end screen of a run and its report.md: before -> after, what was forgotten, what it cost, what to type next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from ..config import Config, dump
+
+
+def screen(run: Any) -> Any:
+    """One screen for the terminal."""
+    if run.status == "interrupted":
+        return Text(f"interrupted at step {run.summary.get('step')}: deltatune resume {run.dir}")
+    s = run.summary
+    table = Table(show_header=True, box=None, pad_edge=False)
+    for column in ("", "before", "after", "95 % interval"):
+        table.add_column(column, justify="left" if not column else "right")
+    for line in scores(s):
+        table.add_row(*line)
+    lines = [Text(line) for line in facts(s)]
+    warnings = [Text(f"! {w}", style="bold red") for w in s["failed"]] + [
+        Text(f"- {w}", style="dim") for w in s["unchecked"]
+    ]
+    title = f"{run.dir} : {'verified' if run.status == 'done' else run.status}"
+    return Panel(Group(table, Text(), *lines, *warnings, Text(), *commands(run.dir, s)), title=title, expand=False)
+
+
+def scores(s: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """(name, before with interval, after, interval) of every number measured."""
+    was_in, now_in = s.get("intervals_before") or {}, s.get("intervals") or {}
+    for name in dict.fromkeys([s["metric"], *s["after"]]):
+        if name in s["after"]:
+            was = f"{s['before'][name]:.3f}" + bounds(was_in.get(name))
+            yield name, was, f"{s['after'][name]:.3f}", bounds(now_in.get(name)).strip()
+
+
+def bounds(pair: Sequence[float] | None) -> str:
+    return f" [{pair[0]:.3f}, {pair[1]:.3f}]" if pair else ""
+
+
+def facts(s: Mapping[str, Any]) -> Iterator[str]:
+    """The lines under the table."""
+    prompt = (s.get("untuned_prompts") or {}).get("prompt")
+    if prompt:
+        tried = ", ".join(f"{k} {v:.2f}" for k, v in s["untuned_prompts"]["held_out"].items() if v is not None)
+        yield f"before: the untuned model with its best prompt, {prompt!r} (on training rows: {tried})"
+    yield from forgotten(s.get("retention") or {})
+    share = s["trainable_parameters"] / s["parameters"]
+    yield f"trained: {s['trainable_parameters']:,} of {s['parameters']:,} parameters ({share:.2%}), {s['steps']} steps, {s['train_rows']} rows"
+    seconds = s["seconds"]
+    phases = ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items())
+    yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {s['tokens_per_s']:.0f} tokens/s; peak memory {s['peak_memory_bytes'] / 2**30:.2f} GiB"
+    yield f"adapter: {s['adapter']}"
+
+
+def forgotten(kept: Mapping[str, Any]) -> Iterator[str]:
+    if "forgotten" in kept:
+        sides = [
+            kept[side]["perplexity"] if isinstance(kept[side], Mapping) else kept[side] for side in ("before", "after")
+        ]
+        yield (
+            f"forgotten: {kept['forgotten']:+.3f} nats per token of general text{bounds(kept.get('interval'))} "
+            f"({kept['kind']} {sides[0]:.2f} -> {sides[1]:.2f})"
+        )
+    elif kept.get("error"):
+        yield f"forgotten: not measured ({kept['error']})"
+
+
+def commands(folder: Any, s: Mapping[str, Any]) -> list[Text]:
+    """The next three commands to type."""
+    return [
+        Text("next:"),
+        Text(f"  deltatune chat --adapter {folder}            # talk to it; /compare shows the base beside it"),
+        Text(f"  deltatune eval --adapter {folder} --data FILE   # measure it on your rows"),
+        Text(f"  deltatune merge {folder} --out merged          # one plain model folder"),
+    ]
+
+
+def markdown(config: Config, s: Mapping[str, Any], checks: Sequence[Any]) -> str:
+    """report.md."""
+    mark = {True: "yes", False: "NO", None: "not checked"}
+    rows = "\n".join(f"| {n} | {a} | {b} | {c} |" for n, a, b, c in scores(s))
+    verified = "\n".join(f"| {c.name} | {mark[c.ok]} | {c.detail} |" for c in checks)
+    notes = "\n".join(f"- {n}" for n in s["notes"]) or "- none"
+    return (
+        f"# {config.model.name} with {' + '.join(name for name, _ in config.parts)}\n\n"
+        f"| metric | before | after | 95 % interval |\n|---|---|---|---|\n{rows}\n\n"
+        + "\n".join(f"- {line}" for line in facts(s))
+        + f"\n\n## Verified\n\n| check | holds | found |\n|---|---|---|\n{verified}\n\n## Notes on the data\n\n{notes}\n\n"
+        f"## Configuration\n\n```yaml\n{dump(config)}```\n"
+    )
