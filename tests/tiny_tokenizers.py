@@ -30,7 +30,8 @@ MISTRAL = (  # the system text goes before the LAST user's: what precedes an ear
     "{% set loop_messages = messages[1:] %}{% else %}{% set system = '' %}{% set loop_messages = messages %}{% endif %}"
     "{% set ns = namespace(last=-1) %}{% for m in loop_messages %}{% if m['role'] == 'user' %}"
     "{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{{ bos_token }}{% for m in loop_messages %}"
-    "{% if m['role'] == 'user' %}{{ '[INST] ' + (system if loop.index0 == ns.last else '') + m['content'] + '[/INST]' }}"
+    "{% if m['role'] == 'user' %}"
+    "{{ '[INST] ' + (system if loop.index0 == ns.last else '') + m['content'] + '[/INST]' }}"
     "{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}"
 )
 PHI3 = (
