@@ -4,6 +4,7 @@ import ast
 import base64
 import hashlib
 import html.parser
+import http.client
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -35,6 +37,7 @@ ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+ht
 CHUNK = 1 << 20
 TRIES = 5
 TIMEOUT_S = 60.0
+PAUSE_S = 0.3  # before the second try; doubled each time
 LARGEST_MEMBER = 16 << 30  # bytes; a zip bomb stops here, a large model does not
 LARGEST_PAGE = 64 << 20
 
@@ -203,9 +206,10 @@ def download(url: str, target: Path, digest: str, settings: dict[str, str]) -> P
         try:
             resume(url, part, settings)
             break
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:
             if attempt == TRIES - 1 or isinstance(error, urllib.error.HTTPError | FileNotFoundError):
                 raise ValueError(f"{shown(url)}: {error}. What came so far is kept; run again to go on.") from None
+            time.sleep(PAUSE_S * 2**attempt)
     part = part.rename(target.with_name(target.name + ".whole"))
     check_digest(part, digest)
     return part.rename(target)

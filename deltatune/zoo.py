@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,11 +105,17 @@ DATA = {
 # --- references ---
 
 
-def unknown(ref: str, known: Iterable[str], why: str = "") -> ValueError:
+def unknown(ref: str, known: dict[str, Known], why: str = "") -> ValueError:
     """The error for a reference that leads nowhere: the forms, and the nearest name."""
-    names = [*known, *(str(path) for path in Path().glob("*") if not path.name.startswith("."))]
-    near = difflib.get_close_matches(ref, names, n=1, cutoff=0.6)
-    hint = f"\nDid you mean {near[0]!r}?" if near else f"\nKnown by name: {', '.join(sorted(known))}"
+    here = [str(path) for path in Path().glob("*") if not path.name.startswith(".")]
+    same = [name for name, entry in known.items() if ref.partition("@")[0] == entry.origin.partition(",")[0]]
+    near = difflib.get_close_matches(ref, [*known, *here], n=1, cutoff=0.6)
+    if same:
+        hint = f"\nWithout the hub: {same[0]!r} is the same model from a Python package."
+    elif near:
+        hint = f"\nDid you mean {near[0]!r}?"
+    else:
+        hint = f"\nKnown by name: {', '.join(sorted(known))}"
     return ValueError(f"{ref!r} was not found{': ' + why if why else ''}; {FORMS}{hint}")
 
 

