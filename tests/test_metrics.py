@@ -24,6 +24,7 @@ TABLE = [
     ("mcc", [1, 1, 0, 0], [1, 0, 0, 0], 1 / math.sqrt(3)),
     ("mcc", [1, 1, 1, 1], [1, 0, 0, 0], 0.0),
     ("label_f1", [{"x", "y"}, {"z"}], [{"x"}, {"z", "w"}], 2 * 2 / 6),
+    ("label_f1", ["red", ("red", "blue")], ["red", "blue"], 4 / 5),
     ("label_exact", [("x", "y"), ("z",)], [("y", "x"), ("w",)], 0.5),
     ("mse", [1.0, 3.0], [2.0, 1.0], 2.5),
     ("nll", [2.0, 4.0], [1, 3], 1.5),
@@ -158,6 +159,9 @@ CHOICES = [
     ("classify", [row(label=i) for i in range(3)], ("accuracy", "macro_f1")),
     ("classify", [row(label=0.5)], ("pearson", "spearman", "mse")),
     ("classify", [row(label=("a", "b"))], ("label_f1", "label_exact")),
+    (SimpleNamespace(name="classify", kind="regression"), [row(label=3)], ("pearson", "spearman", "mse")),
+    (SimpleNamespace(name="classify", kind="multi"), [row(label="a")], ("label_f1", "label_exact")),
+    (SimpleNamespace(name="sft"), [row(completion="yes", label=1)], ("exact_match", "exact_match_normalised", "chrf")),
     ("sft", [row(completion='{"a": 1}')], ("json_exact", "json_schema", "json_valid", "json_f1")),
     ("sft", [row(completion="yes", label="yes")], ("exact_match", "exact_match_normalised", "chrf")),
     ("sft", [row(turns=(SimpleNamespace(role="assistant", content="a long answer of many words"),))], None),
@@ -166,7 +170,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(("objective", "examples", "names"), CHOICES)
-def test_metrics_for_a_task(objective: str, examples: list, names: tuple | None) -> None:
+def test_metrics_for_a_task(objective, examples: list, names: tuple | None) -> None:
     chosen = for_task(objective, examples)
     assert chosen == (names or ("rouge_l", "chrf", "bleu"))
     assert all(find(name) for name in chosen)

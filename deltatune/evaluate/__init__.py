@@ -22,7 +22,7 @@ __all__ = [
     "find",
     "for_task",
     "interval",
-    "score",
+    "numbers",
     "summary",
 ]
 
@@ -75,11 +75,11 @@ def evaluate(
         raise ValueError(f"{len(examples)} rows hold no supervised target: the loss is over nothing")
     found: dict[str, Any] = {"loss": total / targets, "rows": len(examples)}
     likelihood = tuple(n for n in settings.metrics if n in ("nll", "perplexity"))
-    found |= _numbers(likelihood, [s for s, _ in sums], [n for _, n in sums], settings.how)
+    found |= numbers(likelihood, [s for s, _ in sums], [n for _, n in sums], settings.how)
     if answers and said is not None:
         wanted = [answers[1](e) for e in examples]
         rest = tuple(n for n in settings.metrics if n not in likelihood)
-        more = _numbers(rest, said, wanted, settings.how)
+        more = numbers(rest, said, wanted, settings.how)
         found |= more | {"intervals": found["intervals"] | more["intervals"], "per_row": _rows(examples, said, wanted)}
     return found | {"seconds": time.perf_counter() - start}
 
@@ -99,14 +99,10 @@ def _rows(examples: Sequence[Any], said: Sequence[Any], wanted: Sequence[Any]) -
     return [{"where": getattr(e, "where", ""), "prediction": s, "reference": w} for e, s, w in triples]
 
 
-def score(predictions: Sequence[Any], references: Sequence[Any], settings: Scoring) -> dict[str, Any]:
-    """{<metric>: value, ..., "intervals": {<metric>: [low, high]}} of aligned predictions and references."""
-    return _numbers(settings.metrics, predictions, references, settings.how)
-
-
-def _numbers(
-    names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any], how: Resampling | None
+def numbers(
+    names: Sequence[str], predictions: Sequence[Any], references: Sequence[Any], how: Resampling | None = None
 ) -> dict[str, Any]:
+    """{<metric>: value, ..., "intervals": {<metric>: [low, high]}} of aligned predictions and references."""
     found: dict[str, Any] = {}
     bounds: dict[str, list[float | None]] = {}
     for name in names:

@@ -136,8 +136,13 @@ def _mcc(sums: np.ndarray) -> float:
     return float((right.sum() * n - said @ true) / math.sqrt(scale)) if scale > 0 else 0.0
 
 
+def _set(labels: Any) -> set[Any]:
+    """A row's labels; a single one may stand by itself."""
+    return {labels} if isinstance(labels, str) or not isinstance(labels, Collection) else set(labels)
+
+
 def _set_counts(predictions: Sequence[Collection[Any]], references: Sequence[Collection[Any]]) -> np.ndarray:
-    pairs = [(set(p), set(r)) for p, r in zip(predictions, references, strict=True)]
+    pairs = [(_set(p), _set(r)) for p, r in zip(predictions, references, strict=True)]
     return np.array([(len(p & r), len(p), len(r)) for p, r in pairs], dtype=np.float64)
 
 
@@ -340,7 +345,7 @@ METRICS: dict[str, Metric] = {
         Metric("macro_f1", True, _per_class, _macro_f1),
         Metric("mcc", True, _per_class, _mcc),
         Metric("label_f1", True, _set_counts, _f1, by_row=True),
-        _right("label_exact", lambda p, r: set(p) == set(r)),
+        _right("label_exact", lambda p, r: _set(p) == _set(r)),
         Metric("pearson", True, _moments, _pearson),
         Metric("spearman", True, whole=_spearman),
         Metric("mse", False, _squares, _ratio, by_row=True),
@@ -362,23 +367,24 @@ METRICS: dict[str, Metric] = {
 def for_task(objective: Any, examples: Sequence[Any]) -> tuple[str, ...]:
     """Sensible metrics for the data at hand, the main one first.
 
-    `objective` is a name or an object with one (its class name); labelled rows decide by the label's type, rows with
-    an answer by its form: JSON objects, short answers (up to five words), longer text. Plain text: perplexity.
+    `objective` is a name or an object with `name` and perhaps `kind`. Labelled rows decide by `kind` ("regression",
+    "multi") or the label's type; rows with an answer by its form: JSON objects, short answers (up to five words),
+    longer text. Plain text: perplexity.
     """
     if not examples:
         raise ValueError("no examples to choose metrics for; is the evaluation set empty?")
-    name = (objective if isinstance(objective, str) else type(objective).__name__).lower()
+    name = objective if isinstance(objective, str) else getattr(objective, "name", "")
     labels = [e.label for e in examples if e.label is not None]
-    if labels and "sft" not in name:
-        return _for_labels(labels)
+    if labels and name != "sft":
+        return _for_labels(labels, getattr(objective, "kind", "auto"))
     answers = [a for a in map(answer, examples) if a]
     return _for_answers(answers) if answers else ("perplexity",)
 
 
-def _for_labels(labels: Sequence[Any]) -> tuple[str, ...]:
-    if any(isinstance(label, float) for label in labels):
+def _for_labels(labels: Sequence[Any], kind: str) -> tuple[str, ...]:
+    if kind == "regression" or (kind == "auto" and any(isinstance(label, float) for label in labels)):
         return ("pearson", "spearman", "mse")
-    if any(isinstance(label, tuple | list | set | frozenset) for label in labels):
+    if kind == "multi" or any(isinstance(label, tuple | list | set | frozenset) for label in labels):
         return ("label_f1", "label_exact")
     return ("accuracy", "macro_f1", "mcc") if len(set(labels)) == 2 else ("accuracy", "macro_f1")
 

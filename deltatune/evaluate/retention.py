@@ -34,7 +34,7 @@ class Windows:
     """
 
     window: int | None = None
-    limit: int | None = 8192
+    limit: int | None = 4096
     batch_tokens: int = 1024
     masked: float = 0.15
     seed: int = 0
