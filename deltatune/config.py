@@ -169,8 +169,6 @@ class Eval(Section):
     """Longest generated answer."""
     rows: Count | None = None
     """At most this many rows; left out: all."""
-    batch_rows: Count = 16
-    """Rows measured at a time."""
     shots: Whole = 0
     """Examples in the prompt of the untuned model."""
     retention: bool = True
@@ -187,8 +185,8 @@ class Output(Section):
 class Log(Section):
     """What is written while training."""
 
-    every: Count = 1
-    """Steps between lines of metrics.jsonl."""
+    every: Count | None = None
+    """Steps between plain progress lines; left out: by time. metrics.jsonl has every step."""
 
 
 class Config(Section):

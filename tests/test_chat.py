@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from deltatune.commands.chat import COMMANDS, Chat, Reply, opener, speaker
-from models import tiny
+from models import enliven, tiny
 from tiny_tokenizers import CHATML, byte_level
 
 
@@ -125,10 +125,12 @@ def test_quit_ends_and_every_command_has_help():
 def test_the_base_side_is_the_base_and_another_adapter_can_be_opened(tmp_path):
     from deltatune.core.attach import attach, attached, detach, trainable
     from deltatune.core.store import save
-    from deltatune.methods import LoRA
+    from deltatune.methods.lora import LoRA
 
     tokenizer = byte_level(CHATML)
-    model = tiny("llama", vocab_size=len(tokenizer))
+    model = tiny("llama", max_position_embeddings=512)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    enliven(model)
     asked = [{"role": "user", "content": "hi"}]
     base = speaker(model, tokenizer, 8, 0)(asked, False, 0.0)
     attach(model, LoRA(r=4, targets=("all",)))

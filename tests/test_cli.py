@@ -133,7 +133,7 @@ WRONG = [
     (["traim"], "Did you mean 'train'"),
     (["train", "--modle", "x"], "--model"),
     (["train", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
-    (["train", "--dry-run"], "model: must be given (--model REF)"),
+    (["train", "--dry-run", "--data", "d"], "model: must be given (--model REF)"),
     (["train", "--model", "m", "--data", "d", "--method", "lroa"], "--method: method.lroa: unknown"),
     (["train", "--model", "m", "--data", "d", "--set", "train.lr=x"], "--set train.lr: train.lr: 'x'"),
     (["train", "--model", "m", "--data", "d", "--set", "lr"], "is not a.b=value"),

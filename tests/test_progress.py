@@ -84,6 +84,16 @@ def test_lines_come_first_then_by_time_and_at_the_end():
     assert text[5] == "step 30  eval  loss 0.2500  accuracy 1.0000"
 
 
+def test_lines_by_steps():
+    screen = console()
+    lines = Lines(screen, Meter(clock=Clock()), steps=4)
+    lines.on_start({"step": 0, "steps": 10})
+    for n in range(1, 11):
+        lines.on_step(step(n))
+    shown = [line.split("  ")[0] for line in screen.file.getvalue().splitlines()]
+    assert shown == ["step 4/10", "step 8/10", "step 10/10"]
+
+
 def test_what_goes_wrong_is_always_a_line_and_steers_nothing():
     clock, screen = Clock(), console()
     lines = Lines(screen, Meter(clock=clock), seconds=1e9)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from deltatune.commands.methods import Json
+from deltatune.commands.runs import check_run, read_json
 from deltatune.commands.shell import DONE, STOPPED, UNVERIFIED, emit, machine, main, note, screen
 from deltatune.config import ConfigError, Override, dump, load, resolve
 from deltatune.marks import Problem, read_value
@@ -50,11 +51,13 @@ def finish(run: Any) -> None:
         raise typer.Exit(code)
 
 
-def observers(save_every: int | None = None) -> list[Any]:
+def observers(config: Any = None) -> list[Any]:
     """Who watches the loop: a bar on a terminal, plain lines elsewhere, both on standard error."""
     from deltatune.train.progress import progress
 
-    return [progress(quiet=machine(), save_every=save_every or 0)]
+    if config is None:
+        return [progress(quiet=machine())]
+    return [progress(machine(), config.train.save_every or 0, config.log.every or 0)]
 
 
 @main.command()
@@ -82,10 +85,8 @@ def train(
         "--eval": ("data.eval", eval_),
     }
     over = given(flags, set_)
-    if config is None and not over and not dry_run:
-        from deltatune.train.run import quickstart
-
-        finish(quickstart(out, observers=observers()))
+    if config is None and not over:
+        first_steps(out, dry_run)
         return
     loaded = load(config, over)
     resolved = resolve(loaded.config)
@@ -96,7 +97,17 @@ def train(
         return
     from deltatune.train.run import run
 
-    finish(run(resolved.config, out=out, observers=observers(resolved.config.train.save_every)))
+    finish(run(resolved.config, out=out, observers=observers(resolved.config)))
+
+
+def first_steps(out: Path | None, dry_run: bool) -> None:
+    """The quickstart, or what it would do."""
+    from deltatune.train.run import quickstart, quickstart_config
+
+    if dry_run:
+        foresee(quickstart_config(), ())
+    else:
+        finish(quickstart(out, observers=observers()))
 
 
 def foresee(config: Any, chosen: Sequence[str]) -> None:
@@ -119,10 +130,11 @@ def resume(
     json_: Json = False,
 ) -> None:
     """Go on from the newest valid checkpoint to the end; a finished run says so."""
-    from deltatune.commands.runs import check_run
-
     check_run(folder)
-    if restart:
+    finished = bool(read_json(folder / "eval.json").get("after"))
+    if finished:
+        note(f"{folder} is finished; there is nothing left to train" + (" (--restart ignored)" if restart else ""))
+    if restart and not finished:
         from deltatune.train.checkpoint import Store
 
         store = Store(folder / "checkpoints")
@@ -130,4 +142,4 @@ def resume(
             store.discard()
     from deltatune.train.run import resume as go_on
 
-    finish(go_on(folder, observers=observers()))
+    finish(go_on(folder, observers=observers(load(folder / "config.yaml").config)))

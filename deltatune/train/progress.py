@@ -138,11 +138,17 @@ def ending(record: Record) -> str:
 
 
 class Lines:
-    """Plain lines: the first step, then one every `seconds`, every evaluation, every remark and the end."""
+    """Plain lines: one every `seconds` (or every `steps`), every evaluation, every remark and the end."""
 
-    def __init__(self, console: Console, meter: Meter, seconds: float = LINE_SECONDS):
-        self.console, self.meter, self.seconds = console, meter, seconds
+    def __init__(self, console: Console, meter: Meter, seconds: float = LINE_SECONDS, steps: int = 0):
+        self.console, self.meter, self.seconds, self.steps = console, meter, seconds, steps
         self.shown = -math.inf
+
+    def due(self, now: float) -> bool:
+        """Whether this step deserves a line."""
+        if self.steps:
+            return self.meter.step % self.steps == 0
+        return now - self.shown >= self.seconds
 
     def line(self, text: str) -> None:
         """Write one line, as it is."""
@@ -162,7 +168,7 @@ class Lines:
         if record.get("skipped"):
             self.line(f"step {self.meter.step} skipped: {plain(str(record['skipped']))}")
         now = self.meter.clock()
-        if now - self.shown >= self.seconds or self.meter.step >= self.meter.steps:
+        if self.due(now) or self.meter.step >= self.meter.steps:
             self.shown = now
             self.line(f"step {self.meter.step}/{self.meter.steps}  " + "  ".join(self.meter.parts(spark=False)))
 
@@ -219,10 +225,13 @@ class Bar:
         self.say(ending(record))
 
 
-def progress(quiet: bool = False, save_every: int = 0, console: Console | None = None) -> Bar | Lines:
-    """The observer that fits standard error: a bar on a terminal, lines elsewhere, few lines when `quiet`."""
+def progress(quiet: bool = False, save_every: int = 0, every: int = 0, console: Console | None = None) -> Bar | Lines:
+    """The observer that fits standard error: a bar on a terminal, lines elsewhere, few lines when `quiet`.
+
+    `save_every` and `every` (between plain lines) are in steps; 0 is never, and by time.
+    """
     console = console or Console(stderr=True, highlight=False, emoji=False)
     meter = Meter(save_every)
     if console.is_terminal and not quiet:
         return Bar(console, meter)
-    return Lines(console, meter, QUIET_SECONDS if quiet else LINE_SECONDS)
+    return Lines(console, meter, QUIET_SECONDS if quiet else LINE_SECONDS, every)

@@ -1,0 +1,127 @@
+"""The commands in a row, on a tiny model: train, resume, list, check, measure, generate, chat, merge."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deltatune.cli import main
+from models import enliven, tiny
+from tiny_tokenizers import CHATML, byte_level
+
+TRAIN = ["--set", "train.steps=3", "--set", "train.batch_tokens=64", "--set", "train.max_length=48"]
+TRAIN += ["--set", "eval.retention=false", "--set", "eval.max_new_tokens=4", "--set", "log.every=1"]
+
+
+def call(*words, stdin: str = "", code: int = 0):
+    """The result of a command line, which must end with `code`."""
+    found = CliRunner().invoke(main, [str(word) for word in words], input=stdin)
+    assert found.exit_code == code, found.output
+    return found
+
+
+def answer(*words) -> dict:
+    return json.loads(call(*words, "--json").stdout)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with a model, rows, and a finished run."""
+    folder = tmp_path_factory.mktemp("made")
+    tokenizer = byte_level(CHATML)
+    model = tiny("llama", max_position_embeddings=512)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    enliven(model)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rows = [{"prompt": f"say {n}", "completion": f"{n}{n}"} for n in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", folder / "model", "--data", folder / "rows.jsonl", "--eval", folder / "rows.jsonl"]
+    done = call("train", *words, "--method", "{lora: {r: 2}}", "--out", folder / "run", *TRAIN)
+    assert "chosen: lr" in done.stderr
+    assert "step 3/3" in done.stderr
+    return folder
+
+
+def test_a_run_is_listed_whole_and_finished(made):
+    (record,) = answer("runs", made)
+    assert (record["name"], record["method"], record["status"]) == ("run", "lora", "done")
+    assert answer("doctor", made / "run")["ok"]
+    again = call("resume", made / "run", "--json")
+    assert json.loads(again.stdout)["status"] == "done"
+    assert "is finished; there is nothing left to train" in again.stderr
+
+
+def test_a_run_is_repeated_from_its_folder(made, tmp_path):
+    summary = answer("train", made / "run" / "config.yaml", "--out", tmp_path / "again")
+    assert summary["status"] == "done"
+    first = json.loads((made / "run" / "eval.json").read_text())
+    assert summary["after"] == first["after"]
+    call("train", made / "run" / "config.yaml", "--out", tmp_path / "again", code=2)  # never written over
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(made, tmp_path):
+    said = answer("train", made / "run" / "config.yaml", "--out", tmp_path / "none", "--dry-run")
+    assert said["plan"]["steps"] == 3
+    assert said["config"]["train"]["batch_tokens"] == 64
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_model_is_measured_with_and_without_its_adapter(made):
+    data = made / "rows.jsonl"
+    base = answer("eval", "--model", made / "model", "--data", data, "--set", "eval.max_new_tokens=4")
+    tuned = answer("eval", "--adapter", made / "run", "--data", data, "--set", "eval.max_new_tokens=4")
+    first = json.loads((made / "run" / "eval.json").read_text())
+    assert base["loss"] == pytest.approx(first["before"]["loss"], rel=1e-5)
+    assert tuned["loss"] == pytest.approx(first["after"]["loss"], rel=1e-5)
+
+
+def test_prompts_and_rows_are_answered(made):
+    words = ["--adapter", made / "run", "--max-new-tokens", "4"]
+    one = answer("generate", *words, "--prompt", "say 1")
+    assert len(one["answers"]) == 1
+    rows = answer("generate", *words, "--data", made / "rows.jsonl")
+    assert [row["prompt"].rpartition(":")[2] for row in rows["answers"]] == list("12345678")
+    assert "\x1b" not in call("generate", *words, "--prompt", "say 1").stdout
+
+
+def test_a_piped_conversation_compares_base_and_adapter(made):
+    lines = "/help\nhello\n/compare\n/adapter off\n/tokens\n/quit\nnever\n"
+    shown = call("chat", "--adapter", made / "run", "--max-new-tokens", "4", stdin=lines).stdout
+    assert "base" in shown
+    assert "adapter off" in shown
+    assert "tokens/s" in shown
+    assert "never" not in shown
+    call("chat", "--model", made / "model", stdin="/adapter on\n")  # ends with its input
+
+
+def test_a_merged_folder_is_an_ordinary_model(made, tmp_path):
+    out = tmp_path / "merged"
+    assert answer("merge", made / "run", "--out", out) == {"merged": str(out), "adapter": str(made / "run")}
+    data = made / "rows.jsonl"
+    merged = answer("eval", "--model", out, "--data", data, "--set", "eval.max_new_tokens=4")
+    tuned = answer("eval", "--adapter", made / "run", "--data", data, "--set", "eval.max_new_tokens=4")
+    assert merged["loss"] == pytest.approx(tuned["loss"], rel=1e-4)
+    assert "not empty" in call("merge", made / "run", "--out", out, code=2).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_restart_forgets_the_checkpoints(made, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(made / "run", run)
+    (run / "eval.json").unlink()
+    (manifest,) = list(run.glob("checkpoints/ckpt-*/manifest.json"))
+    manifest.write_text("{}")
+    assert "none is valid" in call("resume", run, code=2).stderr
+    assert json.loads(call("resume", run, "--restart", "--json").stdout)["status"] == "done"
+
+
+def test_data_is_checked_before_a_run_finds_out(made, tmp_path):
+    good = answer("data", "check", made / "rows.jsonl", "--model", made / "model")
+    assert good["ok"]
+    assert good["tokens"]["rows"] == 8
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
+    bad = call("data", "check", tmp_path / "bad.jsonl", "--json", code=2)
+    assert json.loads(bad.stdout)["ok"] is False
