@@ -61,9 +61,11 @@ def xml(path: Path, count: int) -> Path:
     """`count` streets with three house numbers each, and one exact copy in other letters."""
     letters = ["".join(chr(97 + (i // 26**k) % 26) for k in range(3)) for i in range(count)]
     rows = [
-        f"<a><AddressNumber>{n}</AddressNumber> <StreetName>{s}</StreetName></a>" for s in letters for n in (1, 2, 3)
+        f"<a><AddressNumber>{n}</AddressNumber> <StreetName>{s}</StreetName> <PlaceName>Rome</PlaceName></a>"
+        for s in letters
+        for n in (1, 2, 3)
     ]
-    rows.append("<a><AddressNumber>1</AddressNumber> <StreetName>AAA</StreetName></a>")
+    rows.append("<a><AddressNumber>1</AddressNumber> <StreetName>AAA</StreetName> <PlaceName>Rome</PlaceName></a>")
     path.write_text(f"<all>{''.join(rows)}</all>")
     return path
 
