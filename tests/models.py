@@ -130,7 +130,7 @@ def tiny(
     overrides: configuration fields.
     """
     found = FAMILIES[family]
-    config = found.config(vocab_size=VOCAB, num_labels=LABELS, **(dict(found.sizes) | overrides))
+    config = found.config(**({"vocab_size": VOCAB, "num_labels": LABELS} | dict(found.sizes) | overrides))
     auto = AUTO[found.kind, "lm"] if task == "lm" else TASKS[task]
     with torch.random.fork_rng():
         torch.manual_seed(seed)

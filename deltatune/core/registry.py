@@ -127,10 +127,15 @@ def index() -> dict[str, Any]:
 
 
 def describe(entry: Entry) -> dict[str, Any]:
-    fields = {f.name: {"type": str(f.type), "default": default_of(f)} for f in dataclasses.fields(entry.cls)}
-    doc = (entry.cls.__doc__ or "").strip().splitlines()[0]
     facts = {k: getattr(entry, k) for k in ("paper", "kind", "mergeable", "peft", "lr", "identity")}
-    return {**facts, "doc": doc, "fields": fields}
+    return {**facts, **form(entry.cls)}
+
+
+def form(cls: type) -> dict[str, Any]:
+    """A configuration class as data: its first line, and every field with type and default."""
+    shown = [f for f in dataclasses.fields(cls) if not f.metadata.get("internal")]
+    fields = {f.name: {"type": str(f.type), "default": default_of(f)} for f in shown}
+    return {"doc": (cls.__doc__ or "").strip().splitlines()[0], "fields": fields}
 
 
 def default_of(field: dataclasses.Field) -> Any:

@@ -6,13 +6,15 @@ import json
 import sys
 from pathlib import Path
 
-from ..core.registry import index
+from ..core.registry import form, index
+from ..objectives import OBJECTIVES
 
 PATH = Path(__file__).with_name("index.json")
 
 
 def main() -> int:
-    text = json.dumps(index(), indent=1, sort_keys=True) + "\n"
+    whole = {**index(), "objectives": {name: form(cls) for name, cls in OBJECTIVES.items()}}
+    text = json.dumps(whole, indent=1, sort_keys=True) + "\n"
     if "--write" in sys.argv:
         PATH.write_text(text)
         return 0

@@ -1,10 +1,10 @@
-"""Classify: a linear head on the first token of an encoder or the last of a decoder (BERT practice, arXiv:1810.04805)."""
+"""Classify: a linear head on the first token of an encoder or the last of a decoder (BERT, arXiv:1810.04805)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,17 @@ from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
 from .common import load, run
 
-KINDS = ("auto", "single", "multi", "regression")
+Kind = Literal["auto", "single", "multi", "regression"]
 
 
 @dataclass(frozen=True)
 class Classify:
-    """kind: 'single' label (cross-entropy), 'multi' (a sigmoid per label), 'regression' (squared error), 'auto' from the data.
+    """kind: 'single' label (cross-entropy), 'multi' (a sigmoid per label), 'regression' (squared error), 'auto'.
 
     labels: class names in order; left out, they are taken from the training set.
     """
 
-    kind: str = "auto"
+    kind: Literal["auto", "single", "multi", "regression"] = "auto"
     labels: tuple[str, ...] | None = None
 
     name = "classify"
@@ -35,8 +35,8 @@ class Classify:
     task_head = True
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"classify kind {self.kind!r}: choose from {', '.join(KINDS)}")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"classify kind {self.kind!r}: choose from {', '.join(get_args(Kind))}")
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(self.labels))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,8 +18,6 @@ from ..prompting.template import Template, render
 from .classify import spelled
 from .common import kept_logits, language_class, load
 
-Words = tuple[tuple[str, tuple[str, ...]], ...]
-
 
 @dataclass(frozen=True)
 class Cloze:
@@ -30,8 +28,8 @@ class Cloze:
     """
 
     template: str = "{text} It was <mask>."
-    labels: Mapping[str, Sequence[str]] | Words = ()
-    words: tuple[tuple[int, ...], ...] = ()  # token ids by class, found from the tokenizer
+    labels: Mapping[str, Sequence[str]] | tuple[tuple[str, tuple[str, ...]], ...] = ()
+    words: tuple[tuple[int, ...], ...] = field(default=(), metadata={"internal": True})  # token ids by class
 
     name = "cloze"
     packs = False
@@ -76,7 +74,8 @@ class Cloze:
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """[rows, classes]: the mean log-probability of each class's words at the gap."""
-        assert batch.mask_at is not None and self.words, "Cloze.bind(tokenizer) must come before the first batch"
+        assert batch.mask_at is not None
+        assert self.words, "Cloze.bind(tokenizer) must come before the first batch"
         keep, place = torch.unique(batch.mask_at, return_inverse=True)
         logits = kept_logits(model, batch, keep)
         at_gap = logits[torch.arange(len(place), device=place.device), place].float().log_softmax(-1)
@@ -109,6 +108,7 @@ def word_id(tokenizer: Any, word: str) -> int:
     if single is None:
         pieces = tokenizer.convert_ids_to_tokens(tried[0])
         raise ValueError(
-            f"label word {word!r} is {len(pieces)} tokens for this tokenizer ({' '.join(pieces)}): choose a word of one token"
+            f"label word {word!r} is {len(pieces)} tokens for this tokenizer ({' '.join(pieces)}): "
+            "choose a word of one token"
         )
     return int(single[0])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +13,48 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.attention import packed, positions
+from ..core.site import head_modules
 from ..data.batch import Batch
 
 IGNORE = -100
 
 
 def load(auto: str, path: Path | str, **options: Any) -> Any:
-    """A transformers Auto class's from_pretrained, safetensors only, never remote code.
+    """A transformers Auto class's from_pretrained: safetensors only, never remote code, nothing but a new head missing.
 
     Weights that the checkpoint lacks (a pooler, a head) are drawn from a fixed seed: the base is the same every time.
     """
     import transformers
 
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
+    with quiet(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        return getattr(transformers, auto).from_pretrained(path, use_safetensors=True, **options)
+        opener = getattr(transformers, auto).from_pretrained
+        model, info = opener(path, use_safetensors=True, output_loading_info=True, **options)
+    heads = tuple(head_modules(model)) if auto == "AutoModelForSequenceClassification" else ()
+    lost = sorted(k for k in info["missing_keys"] if not (heads and k.startswith(heads)) and "pooler" not in k)
+    if lost:
+        raise ValueError(
+            f"{path} lacks {len(lost)} weights that {type(model).__name__} needs, such as {lost[0]}: "
+            "it is a checkpoint of another architecture or task, and untrained weights would pass for trained ones"
+        )
+    return model
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and load reports of transformers: what matters in them is checked here."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def language_class(config: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from .common import IGNORE, kept_logits, kind_of, language_class, load, run, tok
 class SFT:
     """Supervised fine-tuning. What is learned is decided when rows are encoded (`train_on`), not here."""
 
-    train_on: str = "assistant"
+    train_on: Literal["assistant", "last", "all"] = "assistant"
 
     name = "sft"
     packs = True

@@ -52,10 +52,12 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
         yield f"before: the untuned model with its best prompt, {prompt!r} (on training rows: {tried})"
     yield from forgotten(s.get("retention") or {})
     share = s["trainable_parameters"] / s["parameters"]
-    yield f"trained: {s['trainable_parameters']:,} of {s['parameters']:,} parameters ({share:.2%}), {s['steps']} steps, {s['train_rows']} rows"
+    tuned = f"{s['trainable_parameters']:,} of {s['parameters']:,} parameters ({share:.2%})"
+    yield f"trained: {tuned}, {s['steps']} steps, {s['train_rows']} rows"
     seconds = s["seconds"]
     phases = ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items())
-    yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {s['tokens_per_s']:.0f} tokens/s; peak memory {s['peak_memory_bytes'] / 2**30:.2f} GiB"
+    yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {s['tokens_per_s']:.0f} tokens/s"
+    yield f"peak memory: {s['peak_memory_bytes'] / 2**30:.2f} GiB"
     yield f"adapter: {s['adapter']}"
 
 
@@ -92,6 +94,7 @@ def markdown(config: Config, s: Mapping[str, Any], checks: Sequence[Any]) -> str
         f"# {config.model.name} with {' + '.join(name for name, _ in config.parts)}\n\n"
         f"| metric | before | after | 95 % interval |\n|---|---|---|---|\n{rows}\n\n"
         + "\n".join(f"- {line}" for line in facts(s))
-        + f"\n\n## Verified\n\n| check | holds | found |\n|---|---|---|\n{verified}\n\n## Notes on the data\n\n{notes}\n\n"
+        + f"\n\n## Verified\n\n| check | holds | found |\n|---|---|---|\n{verified}\n\n"
+        f"## Notes on the data\n\n{notes}\n\n"
         f"## Configuration\n\n```yaml\n{dump(config)}```\n"
     )

@@ -63,9 +63,8 @@ class Job:
         wanted = self.config.data.packing
         legal = self.objective.packs and kind_of(self.model) != "seq2seq"
         if wanted == "on" and not legal:
-            raise ValueError(
-                f"data.packing: on does not work for {self.objective.name} on {type(self.model).__name__}; leave it auto"
-            )
+            where = f"{self.objective.name} on {type(self.model).__name__}"
+            raise ValueError(f"data.packing: on does not work for {where}; leave it auto")
         return legal and wanted != "off"
 
     def batching(self) -> Batching:
@@ -79,7 +78,7 @@ class Job:
 
     def batch(self, rows: Sequence[Encoded], packs: bool | None = None) -> Batch:
         """Rows as tensors on the model's device."""
-        packs = self.packs if packs is None else packs
+        packs = self.batching().packing if packs is None else packs
         return (pack(rows) if packs else pad(rows, self.pad_id)).to(self.device)
 
     def steps(self, sampler: Sampler) -> int:
@@ -173,7 +172,7 @@ def methods(config: Config, objective: Any) -> tuple[Any, ...]:
 
 
 def prepare(config: Config) -> Job:
-    """Read the data, open the model, attach the method, encode the rows. ValueError or Refusal when something does not fit."""
+    """Read the data, open the model, attach the method, encode the rows. ValueError or Refusal where it cannot work."""
     check_supported(config)
     notes: list[str] = []
     train, held, ood = read_sets(config, notes)

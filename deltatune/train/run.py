@@ -57,12 +57,15 @@ class Run:
 
 @dataclass
 class Clock:
-    """Wall-clock seconds by phase."""
+    """Wall-clock seconds by phase; observers that have `on_phase` hear of each."""
 
+    observers: Sequence[Any] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        for observer in self.observers:
+            getattr(observer, "on_phase", lambda record: None)({"phase": name})
         began = time.perf_counter()
         try:
             yield
@@ -72,8 +75,8 @@ class Clock:
 
 # ---- entries ---------------------------------------------------------------------------------------------------------
 def run(config: Config, *, out: Path | None = None, observers: Sequence[Any] = ()) -> Run:
-    """Train what `config` says into `out` (or runs/<time>-<method>-<model>/). ValueError, GuardStop, VerificationError."""
-    config, folder, clock = resolve(config).config, place(config, out), Clock()
+    """Train what `config` says into `out` (or runs/<time>-<method>-<model>/). Errors: ValueError and its kin."""
+    config, folder, clock = resolve(config).config, place(config, out), Clock(observers)
     with clock.phase("prepare"):
         job = prepare(config)
     return execute(job, folder, observers, clock)
@@ -84,7 +87,7 @@ def resume(folder: Path, observers: Sequence[Any] = ()) -> Run:
     measured = folder / "eval.json"
     if measured.exists() and json.loads(measured.read_text()).get("after"):
         return Run(folder, "done", json.loads((folder / "summary.json").read_text()))
-    config, clock = load(folder / "config.yaml").config, Clock()
+    config, clock = load(folder / "config.yaml").config, Clock(observers)
     with clock.phase("prepare"):
         job = prepare(config)
         job.baselines = demo_prompts(config)
@@ -93,7 +96,7 @@ def resume(folder: Path, observers: Sequence[Any] = ()) -> Run:
 
 def quickstart(out: Path | None = None, observers: Sequence[Any] = ()) -> Run:
     """Addresses to JSON with LoRA on SmolLM2-135M: real data, a task the untuned model cannot do."""
-    config, clock = quickstart_config(), Clock()
+    config, clock = quickstart_config(), Clock(observers)
     folder = place(config, out)
     with clock.phase("prepare"):
         job = prepare(config)
@@ -137,7 +140,7 @@ def train(
     config = Config(
         model=str(model.config._name_or_path or "in-memory"), method=blocks, objective=goal, data=sets, train=given
     )
-    config, clock = resolve(config).config, Clock()
+    config, clock = resolve(config).config, Clock(observers)
     folder = place(config, Path(out) if out else None)
     with clock.phase("prepare"):
         job = from_model(model, objective, config, {"adapter": adapter, "tokenizer": tokenizer})
@@ -395,7 +398,7 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
 
 
 def environment(job: Job) -> dict[str, Any]:
-    """What a reader needs to reproduce the run: versions, seeds, data digests, the project's commit. No user or host name."""
+    """What a reader needs to reproduce the run: versions, seed, data digests, the commit. No user or host name."""
     packages = ("deltatune", "torch", "transformers", "safetensors", "tokenizers", "numpy", "datasets")
     return {
         "python": platform.python_version(),

@@ -77,7 +77,8 @@ def covered(job: Job) -> Check:
     return Check(
         "coverage",
         bool(touched) and tuned > 0,
-        f"{len(touched)} layers, {share:.0%} of the blocks' linear layers; {tuned:,} of {total:,} parameters train ({tuned / total:.3%})",
+        f"{len(touched)} layers, {share:.0%} of the blocks' linear layers; "
+        f"{tuned:,} of {total:,} parameters train ({tuned / total:.3%})",
     )
 
 
