@@ -152,6 +152,12 @@ def test_another_base_or_template_is_refused(tmp_path: Path) -> None:
         store(tmp_path, base="bb", template="t").latest()
     with pytest.raises(ValueError, match="made with another template: t, this run has none"):
         store(tmp_path, base="aa").latest()
+    text = "{{ messages }} " * 20
+    folder = store(tmp_path / "b", template=text).save(snapshot(1))
+    assert text not in (folder / MANIFEST).read_text()
+    assert store(tmp_path / "b", template=text).latest()[1] == []
+    with pytest.raises(ValueError, match=r"made with another template: [0-9a-f]{64}, this run has [0-9a-f]{64}"):
+        store(tmp_path / "b", template=text + "!").latest()
 
 
 def test_an_unknown_schema_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +284,31 @@ def test_any_failing_call_leaves_the_previous_checkpoint(
         shutil.rmtree(ours.folder / "ckpt-00000010", ignore_errors=True)
     assert found.step == 10
     assert failed == k - 1 >= 25, (failed, k)
+
+
+def test_a_save_that_reads_back_wrong_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = store(tmp_path, keep=1)
+    ours.save(snapshot(5))
+    real = os.rename
+
+    def flip(old: Path, new: Path) -> None:
+        real(old, new)
+        (new / "state.json").write_bytes(b"{}")
+
+    monkeypatch.setattr(os, "rename", flip)
+    with pytest.raises(SaveFailed, match=r"ckpt-00000010 was not saved: reading it back: state.json: expected"):
+        ours.save(snapshot(10))
+    assert [p.name for p in ours.all()] == ["ckpt-00000005"], "the old one stays until the new one is known to be good"
+
+
+def test_an_unreadable_file_is_a_damaged_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = store(tmp_path).save(snapshot(5))
+
+    def fail(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_digest", fail)
+    assert problems(folder)[0] == "extra.safetensors cannot be read: [Errno 5] Input/output error"
 
 
 class Killed(BaseException):
@@ -445,6 +476,15 @@ def test_the_journal_is_repaired_without_a_fitting_offset(tmp_path: Path) -> Non
     assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
     Journal(path).rewind(0, 0)
     assert path.read_bytes() == b""
+
+
+def test_the_journal_drops_what_a_failed_write_left(tmp_path: Path) -> None:
+    ours = Journal(tmp_path / "metrics.jsonl")
+    ours.append({"step": 1})
+    with open(ours.path, "ab") as file:
+        file.write(b'{"step": ')  # the disk filled up in the middle of a line
+    ours.append({"step": 2})
+    assert ours.path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_journal_on_a_full_disk_does_not_stop_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -83,6 +83,24 @@ def test_resume_after_a_stop_request_is_bitwise(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 13))
 
 
+def test_a_crash_costs_one_save_interval_and_repeats_no_line(tmp_path: Path) -> None:
+    def crash() -> None:
+        raise RuntimeError("out of the blue")
+
+    run = loop(tmp_path, save_every=4, observers=[seen := Journalist(at={7: crash})])
+    with pytest.raises(RuntimeError, match="out of the blue"):
+        run.run()
+    assert seen.ends == [{"status": "failed", "step": 7, "error": "out of the blue"}]
+    again, straight = loop(tmp_path, save_every=4, observers=[seen]), loop()
+    seen.at = {}
+    again.run()
+    straight.run()
+    assert seen.starts[1]["step"] == 4
+    assert same(weights(again), weights(straight))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "step"] == list(range(1, 13))
+
+
 def test_a_seed_is_a_run_and_another_seed_another() -> None:
     runs = [loop(seed=seed) for seed in (0, 0, 1)]
     for run in runs:

@@ -76,6 +76,11 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
+def _short(text: str) -> str:
+    """A text no longer than a digest as it is, a longer one as its sha256."""
+    return text if len(text) <= 64 else hashlib.sha256(text.encode()).hexdigest()
+
+
 def _seal(manifest: dict[str, Any]) -> bytes:
     body = json.dumps(manifest, indent=1)[:-2].encode()
     return body + TAIL % hashlib.sha256(body).hexdigest().encode()
@@ -104,28 +109,33 @@ def problems(folder: Path) -> list[str]:
     except (ValueError, OSError) as error:
         return [str(error)]
     wrong = [] if folder.name == f"ckpt-{manifest['step']:08d}" else [f"holds step {manifest['step']}"]
-    for name, facts in manifest["files"].items():
-        path = folder / name
+    return wrong + [fault for name, facts in manifest["files"].items() if (fault := _fault(folder / name, facts))]
+
+
+def _fault(path: Path, facts: dict[str, Any]) -> str | None:
+    try:
         if not path.is_file():
-            wrong.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != facts["size"]:
-            wrong.append(f"{name}: expected {facts['size']} bytes, actual {size}")
-        elif (digest := _digest(path)) != facts["sha256"]:
-            wrong.append(f"{name}: expected sha256 {facts['sha256']}, actual {digest}")
-    return wrong
+            return f"{path.name} is missing"
+        if (size := path.stat().st_size) != facts["size"]:
+            return f"{path.name}: expected {facts['size']} bytes, actual {size}"
+        if (digest := _digest(path)) != facts["sha256"]:
+            return f"{path.name}: expected sha256 {facts['sha256']}, actual {digest}"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error}"
+    return None
 
 
 class Store:
     """The checkpoints of one run in `folder`: `ckpt-<step>/`, the newest valid one wins, no pointer to go stale.
 
-    base, template: digests of the base weights and of the chat template; another one on resume is an error.
+    base, template: the base model's fingerprint and the chat template; another one on resume is an error.
     """
 
     def __init__(self, folder: Path | str, *, base: str = "", template: str = "", keep: int = 2):
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint must stay")
         self.folder, self.keep = Path(folder), keep
-        self.identity = {"base": base, "template": template}
+        self.identity = {"base": _short(base), "template": _short(template)}
         self.folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(self.folder.parent / "metrics.jsonl")
 
@@ -170,6 +180,8 @@ class Store:
                 raise OSError(f"reading it back: {'; '.join(wrong)}")
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
+            if final.exists() and problems(final):
+                shutil.rmtree(final, ignore_errors=True)  # or it would count as one of those to keep
             raise SaveFailed(f"checkpoint {final.name} was not saved: {error}") from error
         self._prune(snapshot.step, protect)
         return final
