@@ -12,7 +12,7 @@ import typer
 from deltatune.commands.methods import Json
 from deltatune.commands.runs import check_run, read_json
 from deltatune.commands.shell import DONE, STOPPED, UNVERIFIED, emit, machine, main, note, screen
-from deltatune.config import ConfigError, Override, dump, load, resolve
+from deltatune.config import Config, ConfigError, Override, dump, load, resolve
 from deltatune.marks import Problem, read_value
 
 Out = Annotated[
@@ -44,7 +44,8 @@ def finish(run: Any) -> None:
     else:
         screen().print(run.screen())
     if run.status == "interrupted":
-        note(f"interrupted; go on with: deltatune resume {run.dir}")
+        if machine():  # the screen says it to people
+            note(f"interrupted; go on with: deltatune resume {run.dir}")
         raise typer.Exit(128 + int(run.summary.get("signal") or signal.SIGINT))
     code = {"stopped": STOPPED, "unverified": UNVERIFIED}.get(run.status, DONE)
     if code:
@@ -90,7 +91,7 @@ def train(
         return
     loaded = load(config, over)
     resolved = resolve(loaded.config)
-    for line in (*loaded.notes, *(f"chosen: {choice}" for choice in resolved.chosen)):
+    for line in (*loaded.notes, *(f"chosen: {choice}" for choice in resolved.chosen), batch_line(resolved.config)):
         note(line)
     if dry_run:
         foresee(resolved.config, resolved.chosen)
@@ -98,6 +99,14 @@ def train(
     from deltatune.train.run import run
 
     finish(run(resolved.config, out=out, observers=observers(resolved.config)))
+
+
+def batch_line(config: Config) -> str:
+    """What one optimizer step sees: people compare runs by it."""
+    train = config.train
+    size, unit = (train.batch_tokens, "tokens") if train.batch_tokens else (train.batch_rows or 1, "rows")
+    times = f" ({size} x accumulate {train.accumulate})" if train.accumulate > 1 else ""
+    return f"effective batch: at most {(size or 1) * train.accumulate} {unit} a step{times}"
 
 
 def first_steps(out: Path | None, dry_run: bool) -> None:
