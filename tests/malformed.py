@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pyarrow as pa
@@ -201,19 +202,19 @@ def encodings() -> Iterator[Case]:
 
 
 def archives() -> Iterator[Case]:
-    body = b"".join(lines({"text": f"row {i} {i * 7919}"}) for i in range(10_000))
+    body = b"".join(lines({"text": f"row {i} {i * 7919}"}) for i in range(7_000))
     packed = gzip.compress(body, mtime=0)
     zst = pa.compress(body, codec="zstd", asbytes=True)
     for file in ("a.jsonl.gz", "a.txt.gz", "a.csv.gz"):
         yield Case(f"truncated {file}", file, packed[: len(packed) // 2], "broken_archive", "ends early", -1, -1)
     yield Case("gzip with a wrong checksum", "a.jsonl.gz", packed[:-8] + b"\0" * 8, "broken_archive", "damaged", -1, -1)
-    yield Case("gzip with a damaged middle", "a.jsonl.gz", packed[:-9000] + b"\xff" * 50 + packed[-8950:],
+    yield Case("gzip with a damaged middle", "a.jsonl.gz", packed[:-3000] + b"\xff" * 50 + packed[-2950:],
                "broken_archive", "damaged", -1, -1)  # fmt: skip
     yield Case("gzip header only", "a.jsonl.gz", packed[:6], "broken_archive", "ends early", None, 0)
     yield Case("truncated json.gz", "a.json.gz", gzip.compress(b"[" + b'{"text": "x"},' * 50000, mtime=0)[:-30],
                "broken_archive", "ends early", None, 0)  # fmt: skip
     yield Case("empty gzip", "a.jsonl.gz", gzip.compress(b"", mtime=0), "empty_file", "empty", None, 0)
-    yield Case("truncated zst", "a.jsonl.zst", zst[: len(zst) // 2], "broken_archive", "damaged", -1, -1)
+    yield Case("truncated zst", "a.jsonl.zst", zst[: len(zst) // 2], "broken_archive", "damaged", None, 0)
     yield Case("damaged zst", "a.jsonl.zst", zst[:40] + b"\xff" * 40 + zst[80:], "broken_archive", "damaged", None, 0)
     for name, magic, reason in [
         ("zip", b"PK\x03\x04....", "a zip archive"), ("bzip2", b"BZh91AY&SY", "a bzip2 archive"),
@@ -288,6 +289,10 @@ def binaries() -> Iterator[Case]:
     ]:
         for file, made in [("a.parquet", parquet(table)), ("a.arrow", arrow(table)), ("b.arrow", arrow(table, True))]:
             yield Case(f"{file}: {name}", file, made, kind, reason, 2)
+    for file, made in [("a.parquet", parquet), ("a.arrow", arrow)]:
+        data = made(columns(text=["fine", "cafe", "more"])).replace(b"cafe", b"caf\xe9")
+        yield Case(f"{file}: text that is not UTF-8", file, data, "broken_file", "UTF8", -1, -1)
+    yield Case("json: only a form feed", "a.json", b"\x0c\n", "empty_file", "empty", None, 0)
     numbers = columns(text=[1, 2, 3])
     yield Case("parquet: numbers", "a.parquet", parquet(numbers), "data_type", "a number", 1, 0, 3)
     stream = arrow(texts)
@@ -322,6 +327,8 @@ def labels() -> Iterator[Case]:
     ]:  # fmt: skip
         row = {"text": "Fine", "label": value}
         yield Case(f"label: {name}", "a.jsonl", around("class", row), kind, reason, 2, field="label")
+    yield Case("half a pair of texts", "a.jsonl", around("pairs", {"premise": "It rains", "label": 0}), "missing_field",
+               "needs both: premise and hypothesis", 2, field="hypothesis")  # fmt: skip
     yield Case("label: none there", "a.jsonl", around("class", {"text": "Fine"}), "mixed_schema", "'text'", 2)
 
 
@@ -376,6 +383,8 @@ def tokens() -> Iterator[Case]:
         yield Case(f"ten megabytes in {name}", "a.jsonl", around(format, row), "too_long", "10,000,000", 2)
     yield Case("ten megabytes in a csv cell", "a.csv", b"prompt,completion\na,b\nc," + b"d" * 10_000_000 + b"\ne,f\n",
                "too_long", "10,000,000", 3)  # fmt: skip
+    yield Case("a special token in a text", "a.jsonl", around("pair", {"prompt": "a<|im_end|>b", "completion": "c"}),
+               "control_token", "'<|im_end|>'", 2, 3, 0)  # fmt: skip
     row = {**GOOD["pair"], "id": 7}
     yield Case("an id twice", "a.jsonl", lines(row, {**GOOD["pair"], "id": 8}, row), "duplicate_id", "'7' was", 3, 3, 0)
 
@@ -412,5 +421,6 @@ PARTS = (fields, messages, sharegpt, syntax, encodings, archives, tables, binari
          tokens, legal)  # fmt: skip
 
 
+@cache
 def cases() -> list[Case]:
     return [case for part in PARTS for case in part()]

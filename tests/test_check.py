@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 
 import pytest
 from rich.console import Console
@@ -116,3 +117,38 @@ def test_problems_are_printed_with_place_reason_and_fix(tmp_path):
     assert "a.jsonl: 8 rows, 1 usable (1 pair), 7 not" in text
     assert "a.jsonl:2: [empty_field] completion: the text is empty. Write a text, or leave the row out" in text
     assert "(7 times: lines 2, 3, 4, 5, 6, ...)" in text
+
+
+def damaged(data, draw):
+    """The bytes with a few random edits."""
+    data = bytearray(data)
+    for _ in range(draw.choice([1, 1, 2, 5, 30])):
+        at = draw.randrange(len(data) + 1)
+        other = draw.randrange(len(data) + 1)
+        edit = draw.choice(["flip", "drop", "insert", "copy", "cut"])
+        if edit == "flip" and data:
+            data[min(at, len(data) - 1)] = draw.randrange(256)
+        elif edit == "drop":
+            del data[at : at + draw.choice([1, 2, 10, 100])]
+        elif edit == "insert":
+            data[at:at] = draw.choice(
+                [b'"', b"{", b"\n", b"null", b"\\", b"\xff", b"\0", b"1e999", b"NaN", b"\\ud800", b"}]"]
+            )
+        elif edit == "copy":
+            data[at:at] = data[other : other + 50]
+        elif draw.random() < 0.2:
+            del data[at:]
+    return bytes(data)
+
+
+def test_random_damage_never_raises(tmp_path):
+    draw = random.Random(0)
+    small = [case for case in cases() if case.data and len(case.data) < 20_000]
+    for _ in range(500):
+        case = draw.choice(small)
+        path = tmp_path / case.file.replace("/", "-")
+        path.write_bytes(damaged(case.data, draw))
+        report = check(path, TOKENIZER, how=Reading(encoding=Encoding(max_length=64)))
+        assert report.problems.good >= 0
+        assert report.problems.good or report.problems.errors
+        assert json.dumps(report.to_json())

@@ -5,7 +5,20 @@ import pytest
 from deltatune.data.encode import Encoder, Encoding, classified, encode, encode_all, label_names, target
 from deltatune.data.example import Example, Turn
 from deltatune.data.problems import BadRow
-from tiny_tokenizers import CHATML, GEMMA, LLAMA3, MISTRAL, NO_STOP, PHI3, QWEN3, bert_like, byte_level, t5_like
+from tiny_tokenizers import (
+    CHATML,
+    GEMMA,
+    LLAMA3,
+    MARKED,
+    MISTRAL,
+    NO_STOP,
+    PHI3,
+    QWEN3,
+    VICUNA,
+    bert_like,
+    byte_level,
+    t5_like,
+)
 
 SHORT = (("user", "Hi"), ("assistant", "Yo"))
 LONG = (*SHORT, ("user", "Why?"), ("assistant", "Because."))
@@ -54,6 +67,8 @@ CASES = [
     ("qwen3 earlier thought", QWEN3,
      (("user", "Hi"), ("assistant", "<think>hm</think>Yo"), ("user", "Why?"), ("assistant", "<think>eh</think>So")),
      ["<think>\neh\n</think>\n\nSo<|im_end|>"]),
+    ("vicuna", VICUNA, LONG, [" Yo</s>", " Because.</s>"]),
+    ("generation marks", MARKED, LONG, ["Yo<|im_end|>", "Because.<|im_end|>"]),
     ("no template", None, LONG, [" Yo</s>", " Because.</s>"]),
     ("a template without stops", NO_STOP, SHORT, [" Yo</s>"]),
 ]  # fmt: skip
@@ -90,6 +105,18 @@ def test_thinking_turns_become_rows_of_their_own():
     said = [tokenizer.decode([i for i, to in zip(row.ids, row.labels, strict=True) if to != -100]) for row in rows]
     assert said == ["<think>\nhm\n</think>\n\nYo<|im_end|>", "<think>\n\n</think>\n\nSo<|im_end|>"]
     assert len(encode_all(turns(*LONG), byte_level(CHATML))) == 1
+
+
+def test_reasoning_beside_the_content():
+    tokenizer = byte_level(QWEN3)
+    said = [Turn("assistant", text, None, {"reasoning_content": "hm"}) for text in ("Yo", "So")]
+    example = Example("f:1", (Turn("user", "Hi"), said[0], Turn("user", "Why?"), said[1]))
+    assert learned(encode(example, tokenizer), tokenizer) == ["<think>\nhm\n</think>\n\nSo<|im_end|>"]
+    rows = [learned(row, tokenizer) for row in encode_all(example, tokenizer)]
+    assert rows == [[f"<think>\nhm\n</think>\n\n{text}<|im_end|>"] for text in ("Yo", "So")]
+    # a template that never writes reasoning still teaches the answers
+    plain = byte_level(CHATML)
+    assert learned(encode(example, plain), plain) == ["Yo<|im_end|>", "So<|im_end|>"]
 
 
 def test_notes_say_what_was_decided():

@@ -41,7 +41,7 @@ PHI3 = (
 QWEN3 = (  # reasoning is kept in the last turns only
     "{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}"
     "{% endif %}{% endfor %}{% for m in messages %}{% if m.role == 'assistant' %}{% set content = m.content %}"
-    "{% set thought = '' %}{% if '</think>' in content %}"
+    "{% set thought = m.reasoning_content or '' %}{% if '</think>' in content %}"
     "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
     "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{% if loop.index0 > ns.last %}"
@@ -49,6 +49,16 @@ QWEN3 = (  # reasoning is kept in the last turns only
     "{% else %}{{ '<|im_start|>assistant\n' + content + '<|im_end|>\n' }}{% endif %}"
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+VICUNA = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}{% else %}"
+    "{{ 'ASSISTANT: ' + m.content + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+MARKED = (  # with the marks of return_assistant_tokens_mask, which leave the end of the turn out
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 NO_STOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"  # noqa: E501
 
@@ -59,6 +69,7 @@ SPECIALS = {
     MISTRAL: ("<s>", "</s>", "[INST]", "[/INST]"),
     PHI3: ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
     QWEN3: ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
+    MARKED: ("<|im_start|>", "<|im_end|>"),
 }
 ENDS = {
     CHATML: {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "bos_token": "<|im_start|>"},

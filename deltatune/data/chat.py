@@ -28,6 +28,8 @@ PLAIN = (
 )
 TEMPLATES = {"chatml": CHATML, "plain": PLAIN}
 MARK = "Zq7XwMarkKp9"  # letters and digits only, so that no template trims or escapes it
+REASONING = ("reasoning_content", "reasoning", "thinking")
+STRIPPED = "the template removes the reasoning of earlier turns; they are supervised only as samples of their own"
 Span = tuple[int, int]
 
 
@@ -37,6 +39,9 @@ class Chat:
     def __init__(self, tokenizer: Any, template: str | None = None):
         self.tokenizer = tokenizer
         self.notes: dict[str, None] = {}
+        # the last conversation's text and spans: an encoder asks for them several times
+        self.last_text: tuple[Any, Any, str] = (None, None, "")
+        self.last_spans: tuple[Any, Any, list[Span]] = (None, None, [])
         self.template = TEMPLATES.get(template, template) if template else None
         if self.template is None and not tokenizer.chat_template:
             name = "chatml" if {"<|im_start|>", "<|im_end|>"} <= set(tokenizer.get_added_vocab()) else "plain"
@@ -55,6 +60,12 @@ class Chat:
             add_generation_prompt=prompt,
             tokenize=False,
         )
+
+    def whole(self, turns: tuple[Turn, ...], tools: tuple | None) -> str:
+        """The whole conversation as text."""
+        if self.last_text[0] is not turns or self.last_text[1] is not tools:
+            self.last_text = turns, tools, self.render(turns, tools)
+        return self.last_text[2]
 
     @cached_property
     def added(self) -> tuple[str, ...]:
@@ -84,7 +95,7 @@ class Chat:
     def fitted(self, turns: tuple[Turn, ...], tools: tuple | None, where: str) -> tuple[Turn, ...]:
         """The turns in a form that the template accepts: a refused system message joins the first user's."""
         try:
-            self.render(turns, tools)
+            self.whole(turns, tools)
         except TemplateError as error:
             if len(turns) > 1 and turns[0].role == "system" and turns[1].role == "user":
                 self.note("the chat template takes no system message; it was put before the first user's text")
@@ -100,9 +111,11 @@ class Chat:
         A turn whose reasoning the template removes (all but the last, in some) is left out and noted.
         Errors: BadRow when a turn cannot be found in the template's output.
         """
-        whole = self.render(turns, tools)
-        found = [self.span(whole, turns, k, tools, where) for k, turn in enumerate(turns) if turn.learned]
-        return whole, [span for span in found if span]
+        whole = self.whole(turns, tools)
+        if self.last_spans[0] is not turns or self.last_spans[1] is not tools:
+            found = [self.span(whole, turns, k, tools, where) for k, turn in enumerate(turns) if turn.learned]
+            self.last_spans = turns, tools, [span for span in found if span]
+        return whole, self.last_spans[2]
 
     def span(self, whole: str, turns: tuple[Turn, ...], k: int, tools: tuple | None, where: str) -> Span | None:
         start = self.start(whole, turns, k, tools, where)
@@ -110,14 +123,24 @@ class Chat:
         stop_at = whole.find(self.stop, start) if self.stop else len(whole)
         at = _locate(whole, content, start, stop_at)
         if content and at >= 0 and (at <= stop_at or not self.stop):
+            if not self.reasons(whole[start:at], turns[: k + 1], tools):
+                return None
             return start, self._end(whole, at + len(content), turns[k + 1 :])
         # not verbatim: the template may have changed white space; anything else means that it left something out
         if self.stop and stop_at >= 0 and squeezed(content) in squeezed(whole[start:stop_at]):
             return start, stop_at + len(self.stop)
-        self.note(
-            "the template removes the reasoning of earlier turns; they are supervised only as samples of their own"
-        )
+        self.note(STRIPPED)
         return None
+
+    def reasons(self, written: str, turns: tuple[Turn, ...], tools: tuple | None) -> bool:
+        """False when a turn's reasoning is missing here, although the template writes it in a last turn."""
+        extra = turns[-1].extra or {}
+        thought = squeezed(next((str(extra[name]) for name in REASONING if extra.get(name)), ""))
+        if not thought or thought in squeezed(written):
+            return True
+        kept = thought in squeezed(self.render(turns, tools))
+        self.note(STRIPPED if kept else "the chat template does not write the rows' reasoning; it is not learned")
+        return not kept
 
     def _end(self, whole: str, content_end: int, later: Sequence[Turn]) -> int:
         """Behind the end-of-turn token that follows the content, unless the next turn comes first."""

@@ -245,6 +245,7 @@ def _encode(found: Sequence[Example], tokenizer: Any, options: Encoding, report:
     lengths: list[int] = []
     learned = 0
     for example in found:
+        _control_tokens(example, tokenizer, report)
         try:
             rows = _rows(example, encoder, names)
         except BadRow as fault:
@@ -256,6 +257,16 @@ def _encode(found: Sequence[Example], tokenizer: Any, options: Encoding, report:
             report.sample = Sample(example.where, pieces(rows[0], tokenizer))
     report.tokens = _statistics(lengths, learned, encoder)
     report.notes += encoder.notes
+
+
+def _control_tokens(example: Example, tokenizer: Any, report: Report) -> None:
+    """Warn of texts that hold a special token: it would be read as one, and could end or open a turn."""
+    text = said(example)
+    found = next((token for token in tokenizer.all_special_tokens if token in text), None)
+    if found:
+        fix = "Remove it, or write it differently, unless it is meant"
+        reason = f"the text holds the special token {found!r}"
+        report.problems.warn(BadRow("control_token", example.where, "", reason, fix))
 
 
 def _rows(example: Example, encoder: Encoder, names: Sequence[str]) -> list[Encoded]:

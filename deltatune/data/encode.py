@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -170,7 +171,7 @@ class Encoder:
             cut_ids, cut_offsets = self.pieces(text, cuts)
             if self.tokenizer.decode(cut_ids) == self.tokenizer.decode(ids):
                 ids, offsets = cut_ids, cut_offsets
-        return ids, [i if _inside(o, spans) else IGNORE for i, o in zip(ids, offsets, strict=True)]
+        return ids, _labels(ids, offsets, spans)
 
     def with_offsets(self, text: str) -> tuple[list[int], list[Span]]:
         if not self.tokenizer.is_fast:
@@ -247,9 +248,15 @@ def _sided(row: list[int], room: int, side: str) -> list[int]:
     return row[:room] if side == "right" else row[max(len(row) - room, 0) :]
 
 
-def _inside(offset: Span, spans: Sequence[Span]) -> bool:
-    s, e = offset
-    return any(start <= s and e <= end and s < end for start, end in spans)
+def _labels(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """The ids whose characters lie within a span, -100 elsewhere. Offsets are in order."""
+    labels = [IGNORE] * len(ids)
+    starts = [s for s, _ in offsets]
+    for start, end in spans:
+        for i in range(bisect_left(starts, start), bisect_left(starts, end)):
+            if offsets[i][1] <= end:
+                labels[i] = ids[i]
+    return labels
 
 
 def _all_masked(where: str, length: int, room: int | None) -> BadRow:

@@ -182,6 +182,11 @@ def _classified(value: Mapping[str, Any], faults: Faults) -> Example:
     mark = first(value, LABELS)
     pair = next((pair for pair in PAIRS if pair[0] in value and pair[1] in value), None)
     names = pair or (first(value, SINGLE),)
+    if names[0] not in value:
+        half = next(pair for pair in PAIRS if set(pair) & set(value))
+        missing = half[1] if half[0] in value else half[0]
+        faults.add("missing_field", missing, f"a pair of texts needs both: {' and '.join(half)}", "Add the other text")
+        return Example(faults.where)
     texts = [text(value[name], name, faults) for name in names]
     return Example(faults.where, text=texts[0], text_pair=texts[1] if pair else None, label=label(value[mark], faults))
 

@@ -140,6 +140,8 @@ def read_json(stream: io.BufferedReader, place: Place) -> Iterator[Row]:
 def _rows_start(text: str, place: Place) -> int:
     """Offset of the first element."""
     start = len(text) - len(text.lstrip())
+    if start == len(text):
+        raise BadRow("empty_file", place.path, "", "the file is empty", "Write an array of rows")
     if text[start] == "[":
         return start + 1
     head = text[start : start + HEAD]
@@ -305,6 +307,7 @@ def _seekable(stream: io.BufferedReader) -> Any:
 def _tables(batches: Iterable, place: Place) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # damaged offsets or text would crash the conversion instead of raising
         for value in batch.to_pylist():
             number += 1
             yield Row(value, place.at(number))

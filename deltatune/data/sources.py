@@ -126,7 +126,7 @@ def _read(raw: Any, place: Place, ext: str) -> Iterator[Row]:
     except BROKEN as error:
         place.problems.reject([_damaged(error, place, number)])
     except ValueError as error:
-        if not type(error).__module__.startswith("pyarrow"):
+        if not isinstance(error, UnicodeDecodeError) and not type(error).__module__.startswith("pyarrow"):
             raise
         place.problems.reject([_damaged(error, place, number)])
 
