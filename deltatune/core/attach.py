@@ -32,7 +32,7 @@ class Method(Protocol):
 
 # ---- attach and detach -----------------------------------------------------------------------------------------------
 def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "default") -> nn.Module:
-    """Freeze `model`, add the deltas of `method` (or of a list of methods) under `name`, make them active and trainable.
+    """Freeze `model`, add the deltas of `method` (or of a list of methods) as `name`, make them active and trainable.
 
     Raises ValueError for a bad or taken name or a target that matches nothing, Refusal where the method cannot work.
     """
@@ -250,7 +250,7 @@ def apply(model: nn.Module, names: tuple[str, ...], by_row: tuple[str | None, ..
     else:
         check_owners(model, touched, names)
     index = row_index(by_row)
-    for path, slot in touched.items():
+    for slot in touched.values():
         slot.switch(names, index, len(by_row or ()))
         for name in slot:
             for delta in slot.of(name):
@@ -356,7 +356,7 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
 # ---- merging ---------------------------------------------------------------------------------------------------------
 def merge(model: nn.Module, name: str = "default", inplace: bool = False) -> nn.Module:
-    """A plain model that behaves like base + adapter `name`; a copy by default. Refusal if a delta has no such weights."""
+    """A plain model that behaves like base + adapter `name`; a copy by default. Refusal if a delta has no weights."""
     known(model, name)
     for delta in deltas(model, name):
         refuse_merge(model, delta)
@@ -375,10 +375,10 @@ def refuse_merge(model: nn.Module, delta: Delta) -> None:
     """Refuse before anything is copied."""
     if delta.inplace:
         return
-    layer = model.get_submodule(delta.site.write)
+    layer: Any = model.get_submodule(delta.site.write)
     if not overrides(delta, "merged"):
         delta.merged(Dense(torch.empty(0)))  # the default: says why
-    owners = twins(model, layer.weight) if isinstance(layer.weight, Tensor) else []
+    owners = twins(model, layer.weight)
     if len(owners) > 1 and not delta.tied:
         raise Refusal(
             "merging would change a weight that another layer shares.",

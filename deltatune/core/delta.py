@@ -23,7 +23,7 @@ class Refusal(TypeError):
 
 @dataclass(frozen=True)
 class Dense:
-    """What merging sees of a layer, whatever its class: weight [d_out, d_in] (an embedding: [vocab, d]), bias [d_out]."""
+    """What merging sees of a layer, whatever its class: weight [d_out, d_in] ([vocab, d] of an embedding), bias."""
 
     weight: Tensor
     bias: Tensor | None = None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import torch
-from torch import nn
 
 from .delta import SLOT
 from .site import output_layer, trunk
@@ -15,7 +15,7 @@ SAMPLES = 64  # values read per tensor: < 2 s on 7 B parameters, and any fine-tu
 IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-def fingerprint(model: nn.Module, vocab: int | None = None) -> str:
+def fingerprint(model: Any, vocab: int | None = None) -> str:
     """sha256 over the architecture and sampled values of the trunk's weights, as bf16.
 
     bf16 makes one model loaded in fp32 and in bf16 agree. `vocab` caps embedding rows, for models that grew tokens.

@@ -27,7 +27,7 @@ Parts = dict[str, list[Delta]]  # layer name -> its deltas
 
 
 def writable(model: nn.Module, name: str) -> str | None:
-    """The peft type adapter `name` can be saved as, or None: peft lacks the method, the union, or the model's form of it."""
+    """The peft type adapter `name` can be saved as, or None: peft lacks the method, the union, or this form of it."""
     methods = [m for m in known(model, name).methods[name] if not isinstance(m, Head)]
     if len(methods) != 1:
         return None
@@ -45,7 +45,7 @@ def writable(model: nn.Module, name: str) -> str | None:
 def even_heads(model: nn.Module, name: str) -> bool:
     """peft keeps one [length, layers, 2, heads, dim] tensor and derives dim from the width of the model."""
     shapes = {tuple(d.k.shape) for d in all_of(model, name, KeysValues)}
-    config = model.config
+    config: Any = model.config
     dim = config.hidden_size // config.num_attention_heads
     return len(shapes) == 1 and next(iter(shapes))[2] == dim and all(d.shift() for d in all_of(model, name, KeysValues))
 
@@ -59,7 +59,7 @@ def task(model: nn.Module) -> str | None:
 
 def body(model: nn.Module, name: str) -> Parts:
     """layer -> deltas of adapter `name`, task heads left out."""
-    found = {path: [d for d in slot[name] if not d.inplace] for path, slot in slots(model).items() if name in slot}
+    found = {path: [d for d in slot.of(name) if not d.inplace] for path, slot in slots(model).items()}
     return {path: ds for path, ds in found.items() if ds}
 
 
@@ -72,14 +72,11 @@ def write(model: nn.Module, name: str, kind: str, base: str | None) -> tuple[dic
     """(adapter_config.json, tensors) of adapter `name` as peft type `kind`."""
     parts = body(model, name)
     extra, tensors = WRITERS[kind](model, name, parts)
-    heads = {
-        path: slot[name] for path, slot in slots(model).items() if name in slot and any(d.inplace for d in slot[name])
-    }
+    heads = [(path, d) for path, slot in slots(model).items() for d in slot.of(name) if d.inplace]
     if heads:
         extra["modules_to_save"] = head_modules(model)
-    for path, ds in heads.items():
-        stored = {k: t for d in ds for k, t in d.stored(model.get_submodule(path)).items()}
-        tensors |= {f"{PREFIX}{path}.{key}": t for key, t in stored.items()}
+    for path, delta in heads:
+        tensors |= {f"{PREFIX}{path}.{key}": t for key, t in delta.stored(model.get_submodule(path)).items()}
     common = {"peft_type": kind, "task_type": task(model), "base_model_name_or_path": base, "inference_mode": True}
     return {**common, "revision": None, **extra}, {k: t.detach().contiguous() for k, t in tensors.items()}
 
@@ -120,12 +117,13 @@ def write_ia3(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, Any]
     tensors, inputs = {}, []
     for path, ds in parts.items():
         layer = model.get_submodule(path)
-        if isinstance(ds[0], ScaleInput):
+        first = ds[0]
+        if isinstance(first, ScaleInput):
             inputs.append(path)
-            tensors[f"{PREFIX}{path}.ia3_l"] = ds[0].ia3_l[None]
+            tensors[f"{PREFIX}{path}.ia3_l"] = first.ia3_l[None]
         else:
             whole = torch.ones(widths(layer)[1])
-            for d in ds:
+            for d in (d for d in ds if isinstance(d, ScaleOutput)):
                 whole = put(whole, d.site.columns, d.ia3_l.detach().cpu().float(), 0)
             tensors[f"{PREFIX}{path}.ia3_l"] = whole[:, None]
     config = {
@@ -149,14 +147,14 @@ def write_prefix(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, A
     return config, {"prompt_embeddings": stacked.permute(2, 0, 1, 3).reshape(length, -1)}
 
 
-def write_prompt(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def write_prompt(model: Any, name: str, parts: Parts) -> tuple[dict[str, Any], dict[str, Tensor]]:
     (rows,) = all_of(model, name, Rows)
     length, d = rows.prompt_embeddings.shape
     config = virtual(model, length, model.config.num_hidden_layers) | {"token_dim": d, "prompt_tuning_init": "RANDOM"}
     return config, {"prompt_embeddings": rows.prompt_embeddings}
 
 
-def virtual(model: nn.Module, length: int, n_layers: int) -> dict[str, Any]:
+def virtual(model: Any, length: int, n_layers: int) -> dict[str, Any]:
     return {
         "num_virtual_tokens": length,
         "num_layers": n_layers,
@@ -189,7 +187,7 @@ WRITERS: dict[str, Writer] = {
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 def methods(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module) -> tuple[Any, ...]:
-    """The methods that a foreign peft folder describes. Layers are taken from the tensors: no regex of the file is run."""
+    """The methods that a foreign peft folder describes. Layers come from the tensors: no regex of the file is run."""
     kind = config.get("peft_type")
     refuse_options(config)
     heads = (Head(),) if config.get("modules_to_save") else ()
@@ -222,11 +220,11 @@ def refuse_options(config: Mapping[str, Any]) -> None:
     for key in UNREAD:
         if config.get(key):
             raise ValueError(
-                f"{CONFIG}: {key}={config[key]!r} is not supported; merge the adapter with peft and load the merged model"
+                f"{CONFIG}: {key}={config[key]!r} is not supported: merge the adapter with peft, load the merged model"
             )
     if config.get("bias", "none") != "none":
         raise ValueError(
-            f"{CONFIG}: bias={config['bias']!r} is not supported; save the adapter with bias='none', or merge it with peft"
+            f"{CONFIG}: bias={config['bias']!r} is not supported: save the adapter with bias='none', or merge it"
         )
 
 
@@ -248,7 +246,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoRA:
 
 
 def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """peft's tensors -> ours, for an adapter of the same shape that is attached; raises ValueError on missing or unexpected ones."""
+    """peft's tensors -> ours, for an adapter that is attached; ValueError on missing, unexpected or misshapen ones."""
     kind = writable(model, name)
     if kind is None:
         raise ValueError(f"adapter {name!r} has no peft form on {type(model).__name__}")
@@ -256,7 +254,7 @@ def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str
     strict(ours, tensors)
     found: dict[str, Tensor] = {}
     for path, slot in slots(model).items():
-        for delta in slot[name] if name in slot else ():
+        for delta in slot.of(name):
             found |= {
                 f"{delta.site.key}.{k}": t
                 for k, t in READERS.get(type(delta), in_head)(model, name, path, delta, tensors).items()

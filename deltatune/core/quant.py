@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,7 @@ from .delta import Dense, Refusal
 from .site import Range, is_conv1d, put, take
 
 
-def weight(layer: nn.Module) -> Tensor:
+def weight(layer: Any) -> Tensor:
     """The dense weight in nn.Linear's orientation [d_out, d_in]; [vocab, d] of an embedding; [d] of a norm."""
     if hasattr(layer.weight, "quant_state"):
         raise Refusal(
@@ -20,7 +22,7 @@ def weight(layer: nn.Module) -> Tensor:
     return layer.weight.T if is_conv1d(layer) else layer.weight
 
 
-def set_weight(layer: nn.Module, value: Tensor) -> None:
+def set_weight(layer: Any, value: Tensor) -> None:
     """Write a dense weight [d_out, d_in] back into the layer, in its own layout and dtype."""
     with torch.no_grad():
         layer.weight.data.copy_(value.T if is_conv1d(layer) else value)
@@ -32,7 +34,7 @@ def dense(layer: nn.Module, columns: tuple[Range, ...] | None = None) -> Dense:
     return Dense(take(weight(layer), columns, 0), None if bias is None else take(bias, columns, 0))
 
 
-def write(layer: nn.Module, key: str, value: Tensor, columns: tuple[Range, ...] | None = None) -> None:
+def write(layer: Any, key: str, value: Tensor, columns: tuple[Range, ...] | None = None) -> None:
     """Write "weight" (dense, [d_out, d_in]) or "bias", or only the chosen output features of it, into the layer."""
     if key == "weight":
         set_weight(layer, put(weight(layer), columns, value.to(layer.weight.dtype), 0))

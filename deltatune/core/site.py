@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,8 +44,8 @@ ROLES = {
     "q": r"(q_proj|query|q|q_lin|q_attn)",
     "k": r"(k_proj|key|k|k_lin)",
     "v": r"(v_proj|value|v|v_lin)",
-    "o": r"((self_attn|encoder_attn|attn|attention|SelfAttention|EncDecAttention)\.(o_proj|out_proj|c_proj|o|out_lin|dense|Wo)"
-    r"|attention\.output\.dense)",
+    "o": r"((self_attn|encoder_attn|attn|attention|SelfAttention|EncDecAttention)"
+    r"\.(o_proj|out_proj|c_proj|o|out_lin|dense|Wo)|attention\.output\.dense)",
     "up": r"(gate_proj|up_proj|gate_up_proj|fc1|mlp\.c_fc|wi|wi_0|wi_1|lin1|dense_h_to_4h|intermediate\.dense|mlp\.Wi)",
     "down": r"(down_proj|fc2|mlp\.c_proj|wo|lin2|dense_4h_to_h|(?<!attention\.)output\.dense|mlp\.Wo)",
 }
@@ -81,7 +82,7 @@ def is_conv1d(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D"
 
 
-def widths(layer: nn.Module) -> tuple[int, int]:
+def widths(layer: Any) -> tuple[int, int]:
     """(d_in, d_out) of nn.Linear, its quantised kin, Conv1D or an embedding (vocab, d)."""
     if hasattr(layer, "in_features"):
         return int(layer.in_features), int(layer.out_features)
@@ -106,7 +107,8 @@ def block_linears(model: nn.Module) -> list[str]:
 # ---- fused projections ---------------------------------------------------------------------------------------------
 def fused_columns(model: nn.Module, name: str, role: str) -> tuple[Range, ...]:
     """The output ranges of a fused q/k/v projection that hold `role`."""
-    config, width = model.config, widths(model.get_submodule(name))[1]
+    config: Any = model.config
+    width = widths(model.get_submodule(name))[1]
     heads = config.num_attention_heads
     third = "qkv".index(role)
     if name.endswith("query_key_value"):  # GPT-NeoX: [heads, (q, k, v), head_dim]
@@ -142,7 +144,7 @@ def put(y: Tensor, columns: tuple[Range, ...] | None, part: Tensor, dim: int = -
 
 # ---- finding -------------------------------------------------------------------------------------------------------
 def find(model: nn.Module, target: str) -> list[Site]:
-    """The sites that a role, a group of roles, an exact name (or its ending), or a regex over whole names stands for.
+    """The sites that a role, a group of roles, an exact name (or its ending), or a regex over whole names means.
 
     Raises ValueError with the nearest names when nothing matches.
     """
@@ -269,7 +271,7 @@ def matches(site: Site, pattern: str) -> bool:
 
 
 # ---- embeddings and heads --------------------------------------------------------------------------------------------
-def trunk(model: nn.Module) -> nn.Module:
+def trunk(model: nn.Module) -> Any:
     """The model without its head; the model itself where there is none."""
     return getattr(model, "base_model", model)
 
@@ -281,10 +283,25 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
     raise ValueError(f"{type(module).__name__} is not a part of {type(model).__name__}")
 
 
-def embedding(model: nn.Module) -> str:
+def embedding(model: Any) -> str:
     """The name of the embedding that the (encoder's) forward pass really calls."""
     source = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
     return name_of(model, source.get_input_embeddings())
+
+
+def embeddings(model: Any) -> list[str]:
+    """`embedding`, and the decoder's where it is another module."""
+    names = [embedding(model)]
+    if getattr(model.config, "is_encoder_decoder", False):
+        other = name_of(model, model.get_decoder().get_input_embeddings())
+        names += [other] if other != names[0] else []
+    return names
+
+
+def scaled(layer: Any, rows: Tensor) -> Tensor:
+    """Embedding rows as the layer returns them: Gemma's and BART's embeddings multiply theirs."""
+    scale = getattr(layer, "embed_scale", 1.0)
+    return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)
 
 
 def twins(model: nn.Module, parameter: Tensor) -> list[str]:
@@ -298,19 +315,17 @@ def head_modules(model: nn.Module) -> list[str]:
     if inner is model or output is not None:  # a language model's head is part of what was pre-trained
         return []
     return [
-        name
-        for name, child in model.named_children()
-        if child is not inner and any(True for _ in child.parameters())
+        name for name, child in model.named_children() if child is not inner and any(True for _ in child.parameters())
     ]
 
 
-def output_layer(model: nn.Module) -> nn.Module | None:
+def output_layer(model: Any) -> Any:
     """The vocabulary projection, where there is one."""
     return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
-def positions_of(model: nn.Module, args: tuple, kwargs: dict) -> Tensor:
+def positions_of(model: Any, args: tuple, kwargs: dict) -> Tensor:
     """The position_ids [1 or batch, seq] that `model` (a trunk) would give these arguments by itself."""
     given = kwargs.get("position_ids")
     if given is not None:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..methods.prompt import Rows
 from . import peft_format
-from .attach import STATE, State, activate, attach, attached, detach, known
+from .attach import activate, attach, attached, detach, each, known
 from .fingerprint import fingerprint
 from .peft_format import CONFIG, TENSORS, strict
 from .registry import build, spec
-from .slot import slots
+from .state import STATE, State
 
 MANIFEST, OWN = "deltatune.json", "adapter.safetensors"
 FORMAT = 1
@@ -33,10 +33,8 @@ def state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     known(model, name)
     return {
         f"{delta.site.key}.{key}": tensor
-        for path, slot in slots(model).items()
-        if name in slot
-        for delta in slot[name]
-        for key, tensor in delta.stored(model.get_submodule(path)).items()
+        for layer, delta in each(model, name)
+        for key, tensor in delta.stored(layer).items()
     }
 
 
@@ -55,63 +53,72 @@ def save(
 ) -> Path:
     """Write adapter `name` to `folder`, whole or not at all. `base`: the reference the base was loaded from.
 
-    Writes adapter_config.json only where peft has the method; `record` is kept in the manifest (objective, labels, template).
+    Writes adapter_config.json only where peft has the method; `record` (objective, labels, template) is kept in the
+    manifest. ValueError when `folder` holds anything but an adapter.
     """
     folder, own = Path(folder), state(model, name)
-    adapted: State = getattr(model, STATE)
+    check_place(folder)
     base = base or public_name(model)
     kind = peft_format.writable(model, name)
     config, tensors = peft_format.write(model, name, kind, base) if kind else (None, own)
-    file = TENSORS if kind else OWN
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir(parents=True)
-    save_file(
-        {k: t.detach().cpu().contiguous() for k, t in tensors.items()}, temporary / file, metadata={"format": "pt"}
-    )
-    if config:
-        (temporary / CONFIG).write_text(json.dumps(config, indent=2))
-    manifest = {
-        "format": FORMAT,
-        "methods": spec(adapted.methods[name]),
-        "base": {"fingerprint": adapted.base, "reference": base, "class": type(model).__name__, "vocab": adapted.vocab},
-        "file": file,
-        "sha256": digest(temporary / file),
-        "tensors": {k: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for k, t in own.items()},
-        "record": dict(record or {}),
-    }
-    if adapted.vocab is not None:
-        manifest["base"]["grown_to"] = model.get_input_embeddings().num_embeddings
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
-    replace(temporary, folder)
+    try:
+        file = temporary / (TENSORS if kind else OWN)
+        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, file, metadata={"format": "pt"})
+        if config:
+            (temporary / CONFIG).write_text(json.dumps(config, indent=2))
+        facts = manifest(model, name, own, base) | {"file": file.name, "sha256": digest(file)}
+        (temporary / MANIFEST).write_text(json.dumps(facts | {"record": dict(record or {})}, indent=2, sort_keys=True))
+        replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return folder
 
 
-def public_name(model: nn.Module) -> str | None:
+def manifest(model: Any, name: str, own: Mapping[str, Tensor], base: str | None) -> dict[str, Any]:
+    """What the adapter is, and the base it belongs to."""
+    adapted: State = getattr(model, STATE)
+    about: dict[str, Any] = {"fingerprint": adapted.base, "reference": base, "class": type(model).__name__}
+    if adapted.vocab is not None:
+        about |= {"vocab": adapted.vocab, "grown_to": model.get_input_embeddings().num_embeddings}
+    tensors = {k: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for k, t in own.items()}
+    return {"format": FORMAT, "methods": spec(adapted.methods[name]), "base": about, "tensors": tensors}
+
+
+def check_place(folder: Path) -> None:
+    """Only an older adapter, or an empty folder, is ever overwritten."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not any((folder / n).is_file() for n in (MANIFEST, CONFIG)):
+        raise ValueError(f"{folder} exists and is no adapter folder: choose another place, nothing was overwritten")
+
+
+def public_name(model: Any) -> str | None:
     """The base's name for the manifest: a hub id is kept, of a local path only the folder's own name."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
     return (Path(name).name if os.path.isabs(name) or Path(name).exists() else name) or None
 
 
 def replace(temporary: Path, folder: Path) -> None:
-    """Put the finished folder in its place; only an older adapter (or an empty folder) is ever overwritten."""
+    """Put the finished folder in its place: at every moment there is a whole adapter on disk, the old or the new."""
     for path in (*temporary.iterdir(), temporary):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(path)
+    old = folder.with_name(f"{temporary.name.removesuffix('.tmp')}.old")
     if folder.exists():
-        if any(folder.iterdir()) and not any((folder / n).exists() for n in (MANIFEST, CONFIG)):
-            shutil.rmtree(temporary)
-            raise ValueError(
-                f"{folder} exists and is not an adapter folder: choose another place, nothing was overwritten"
-            )
-        old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.old")
         folder.rename(old)
-        temporary.rename(folder)
-        shutil.rmtree(old)
-    else:
-        temporary.rename(folder)
+    temporary.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def digest(path: Path) -> str:
@@ -128,16 +135,31 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verif
     """
     folder = Path(folder)
     name = name or "".join(c if c.isalnum() or c in "_-" else "_" for c in folder.name)[:64] or "default"
-    manifest = read_manifest(folder)
-    tensors = read_tensors(folder, manifest)
-    if manifest is None:
+    found = read_manifest(folder)
+    tensors = read_tensors(folder, found)
+    if found is None:
         methods = foreign(model, folder, tensors)
         print(f"{folder.name}: base not verified (a peft folder without {MANIFEST})", file=sys.stderr)
     else:
-        methods = build(manifest["methods"])
-        prepare(model, manifest, folder, verify)
+        methods = build(found["methods"])
+        check_base(model, found["base"], folder, verify)
+    grown = (found or {}).get("base", {}).get("grown_to")
+    size = vocabulary(model)
+    if grown and grown > size:
+        grow(model, grown)
     active = known(model).active if attached(model) else ()
-    attach(model, methods, name)
+    try:
+        attach(model, methods, name)
+        fill(model, name, tensors, folder, active)
+    except Exception:
+        if vocabulary(model) != size:
+            shrink(model, size)
+        raise
+    return name
+
+
+def fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path, active: tuple[str, ...]) -> None:
+    """Copy the folder's tensors into the adapter just attached, or take it out again."""
     try:
         load_state(model, name, canonical(model, name, tensors, folder))
     except Exception:
@@ -145,7 +167,6 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verif
         if active:
             activate(model, *active)
         raise
-    return name
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -187,9 +208,8 @@ def canonical(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: P
     return peft_format.read(model, name, tensors) if (folder / CONFIG).exists() else tensors
 
 
-def prepare(model: nn.Module, manifest: dict[str, Any], folder: Path, verify: bool) -> None:
-    """Refuse a wrong base; grow the vocabulary the adapter was trained with."""
-    base = manifest["base"]
+def check_base(model: nn.Module, base: Mapping[str, Any], folder: Path, verify: bool) -> None:
+    """ValueError for another base, or where tokens would have to be added under adapters that are attached."""
     existing: State | None = getattr(model, STATE, None)
     actual = existing.base if existing else fingerprint(model, getattr(model, "deltatune_vocab", None))
     if verify and actual != base["fingerprint"]:
@@ -198,24 +218,29 @@ def prepare(model: nn.Module, manifest: dict[str, Any], folder: Path, verify: bo
             f"{base['fingerprint'][:16]}..., this {type(model).__name__} has {actual[:16]}.... "
             "Load that base (same revision), or pass verify=False if you know that it is the same"
         )
-    grown = base.get("grown_to")
-    if grown and model.get_input_embeddings().num_embeddings != grown:
-        grow(model, grown)
+    if attached(model) and base.get("grown_to", 0) > vocabulary(model):
+        raise ValueError(
+            f"{folder.name} adds tokens (up to {base['grown_to']}): load it before {', '.join(attached(model))}"
+        )
+
+
+def vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
-def add_tokens(model: nn.Module, tokenizer: Any, tokens: list[str]) -> tuple[int, ...]:
+def add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> tuple[int, ...]:
     """Add `tokens` to tokenizer and model (new rows: the mean of the old); returns their ids, for NewTokens(ids)."""
     if attached(model):
         raise ValueError("add tokens before attaching adapters: they belong to the base the adapters see")
     tokenizer.add_tokens(tokens)
-    grow(model, max(len(tokenizer), model.get_input_embeddings().num_embeddings))
+    grow(model, max(len(tokenizer), vocabulary(model)))
     return tuple(int(i) for i in tokenizer.convert_tokens_to_ids(tokens))
 
 
-def grow(model: nn.Module, size: int) -> None:
+def grow(model: Any, size: int) -> None:
     """Resize the vocabulary deterministically, remembering the base's own size for its fingerprint."""
-    old = model.get_input_embeddings().num_embeddings
+    old = vocabulary(model)
     if size <= old:
         return
     model.deltatune_vocab = getattr(model, "deltatune_vocab", old)
@@ -226,8 +251,15 @@ def grow(model: nn.Module, size: int) -> None:
                 layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
 
 
+def shrink(model: Any, size: int) -> None:
+    """Undo `grow`."""
+    model.resize_token_embeddings(size, mean_resizing=False)
+    if model.deltatune_vocab == size:
+        del model.deltatune_vocab
+
+
 def virtual_ids(model: nn.Module, name: str = "default") -> tuple[int, ...]:
-    """The token ids that stand for adapter `name`'s soft prompt: put them in front of (or anywhere in) the input ids."""
+    """The token ids that stand for adapter `name`'s soft prompt: put them in front of, or anywhere in, the input."""
     known(model, name)
-    rows = [d for slot in slots(model).values() if name in slot for d in slot[name] if isinstance(d, Rows)]
+    rows = [d for _, d in each(model, name) if isinstance(d, Rows)]
     return tuple(i for d in rows for i in range(d.offset, d.offset + len(d.prompt_embeddings)))

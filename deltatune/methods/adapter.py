@@ -1,8 +1,8 @@
-"""Bottleneck adapters: h + s W2 act(W1 h) after a layer (arXiv:1902.00751) or beside it (parallel, arXiv:2110.04366)."""
+"""Bottleneck adapters: h + s W2 act(W1 h), after a layer (arXiv:1902.00751) or beside it (arXiv:2110.04366)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..core.site import Site, find, spans, widths
 
 ENDS = {"attention": ("q", "o"), "ffn": ("up", "down")}
 FORMS = ("sequential", "parallel")
-ACTS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
+ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 
 
 @method("adapter", paper="1902.00751", kind="adapter", lr=1e-3)

@@ -17,7 +17,7 @@ from ..core.site import Site, block_of, head_modules, layers
 @method("freeze", paper="1801.06146", kind="selective", mergeable=True, lr=1e-4)
 @dataclass(frozen=True)
 class Freeze:
-    """Train the last n blocks (`last`), the first n (`first`), or the parameters that `names` match; freeze the rest."""
+    """Train the last n blocks (`last`), the first n (`first`), or the parameters `names` match; freeze the rest."""
 
     last: int = 0
     first: int = 0

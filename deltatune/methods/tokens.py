@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..core.delta import Delta, Dense
 from ..core.registry import method
-from ..core.site import Site, embedding, name_of
+from ..core.site import Site, embeddings, name_of, output_layer, scaled, widths
 
 
 @method("tokens", paper="", kind="embedding", mergeable=True, lr=1e-3)
@@ -25,51 +25,29 @@ class NewTokens:
     ids: tuple[int, ...] = (0,)
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
-        name, output = embedding(model), model.get_output_embeddings()
-        layer = model.get_submodule(name)
-        if not self.ids or max(self.ids) >= len(layer.weight) or min(self.ids) < 0:
+        names, output = embeddings(model), output_layer(model)
+        size = widths(model.get_submodule(names[0]))[0]
+        if not self.ids or max(self.ids) >= size or min(self.ids) < 0:
             raise ValueError(
-                f"NewTokens ids {self.ids} must be in 0..{len(layer.weight) - 1}: "
-                "call add_tokens(model, tokenizer, ...) first"
+                f"NewTokens ids {self.ids} must be in 0..{size - 1}: call add_tokens(model, tokenizer, ...) first"
             )
-        rows = TokenRows(layer.weight, self.ids)
-        yield Site(name, name), rows
-        if output is not None:
-            place = name_of(model, output)
-            tied = output.weight is layer.weight
-            yield Site(place, place), OutputRows(output.weight, self.ids, rows if tied else None)
+        own: dict[int, TokenRows] = {}  # one set of rows per weight: tied layers share theirs
+        for name in (*names, *([name_of(model, output)] if output is not None else [])):
+            weight = model.get_submodule(name).get_parameter("weight")
+            rows = TokenRows(weight, self.ids, own.get(id(weight)))
+            own.setdefault(id(weight), rows)
+            yield Site(name, name), rows
 
 
 class TokenRows(Delta):
-    """E(x) with the rows of `ids` replaced; `rows` [n, d]."""
+    """The rows of `ids` in an embedding E(x), or in the output projection; `rows` [n, d] fp32."""
 
     tied = True  # merging rows into a tied embedding changes the output projection as it should
-
-    def __init__(self, weight: Tensor, ids: tuple[int, ...]):
-        super().__init__()
-        self.register_buffer("ids", torch.tensor(ids), persistent=False)
-        self.rows = nn.Parameter(weight.detach()[list(ids)].float().clone())
-
-    def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        match = x[..., None] == self.ids
-        picked = F.embedding(match.long().argmax(-1), self.rows)
-        scale = getattr(
-            layer, "scalar_embed_scale", getattr(layer, "embed_scale", 1.0)
-        )  # Gemma and BART scale what they return
-        return torch.where(match.any(-1)[..., None], (picked * scale).to(y.dtype), y)
-
-    def merged(self, dense: Dense) -> dict[str, Tensor]:
-        return {"weight": dense.weight.index_copy(0, self.ids, self.rows.to(dense.weight.dtype))}
-
-
-class OutputRows(Delta):
-    """The logits of `ids`: from the embedding's trained rows when tied, from rows of its own otherwise."""
-
-    tied = True
+    ids: Tensor
 
     def __init__(self, weight: Tensor, ids: tuple[int, ...], shared: TokenRows | None):
         super().__init__()
-        self.source = [shared] if shared is not None else []  # a list: the rows are stored once, with the embedding
+        self.source = [shared] if shared is not None else []  # a list: the rows are stored once, with their owner
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
         if shared is None:
             self.rows = nn.Parameter(weight.detach()[list(ids)].float().clone())
@@ -78,9 +56,17 @@ class OutputRows(Delta):
         return self.source[0].rows if self.source else self.rows
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        logits = F.linear(x, self.weights().to(x.dtype))
+        return self.embedded(layer, x, y) if isinstance(layer, nn.Embedding) else self.projected(layer, x, y)
+
+    def embedded(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        match = x[..., None] == self.ids
+        picked = scaled(layer, F.embedding(match.long().argmax(-1), self.weights()).to(y.dtype))
+        return torch.where(match.any(-1)[..., None], picked, y)
+
+    def projected(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         bias = getattr(layer, "bias", None)
-        return y.index_copy(-1, self.ids, (logits if bias is None else logits + bias[self.ids]).to(y.dtype))
+        logits = F.linear(x, self.weights().to(x.dtype), None if bias is None else bias[self.ids])
+        return y.index_copy(-1, self.ids, logits.to(y.dtype))
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:
         return {"weight": dense.weight.index_copy(0, self.ids, self.weights().to(dense.weight.dtype))}

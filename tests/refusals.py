@@ -1,0 +1,30 @@
+"""Every cell of method x family that is refused, with the reason. What is not listed here must work."""
+
+from __future__ import annotations
+
+NO_BIASES = "the family's layers have no biases to train"
+
+# (variant, family) -> why attach() refuses it
+REFUSED: dict[tuple[str, str], str] = {
+    ("bitfit", family): NO_BIASES for family in ("llama", "qwen", "mistral", "gemma", "phi3", "modernbert", "t5")
+}
+
+# variant -> why merge() refuses it
+UNMERGEABLE = {
+    "adapter": "a non-linearity has no equivalent weight",
+    "parallel": "a non-linearity has no equivalent weight",
+    "prefix": "keys and values have no equivalent weight",
+    "prompt": "virtual ids have no row in the embedding",
+    "mam": "neither part has an equivalent weight",
+}
+
+# variant -> why rows() refuses it
+ROWLESS = dict.fromkeys(
+    ("freeze", "full", "head", "lora+head"), "a weight per row would be a copy of the weights per row"
+)
+
+# (variant, family) -> why there is no peft form, for variants whose method peft has
+NO_PEFT_FORM: dict[tuple[str, str], str] = {}
+
+# unions that have no peft form although each of their parts has one
+NEVER_PEFT = {"lora+ia3": "a peft folder holds one method", "mam": "a peft folder holds one method"}
