@@ -108,6 +108,13 @@ def packed(lens: Sequence[int]) -> Iterator[None]:
         )
 
 
+def packed_lens() -> tuple[int, ...] | None:
+    """The lengths of the packed batch being run, or None. For hooks on the model's own call only: inside a block,
+    checkpointing runs the forward again in backward, outside `packed`."""
+    pack = _PACK.get()
+    return None if pack is None else pack.lens
+
+
 def make_mask(*, batch_size: int, q_length: int, kv_length: int, **how: Any) -> Tensor | Packed | None:
     """transformers' own sdpa mask; inside `packed(lens)` one mask per sequence, from the same mask function."""
     pack = _PACK.get()
@@ -205,6 +212,11 @@ def _attend_packed(
             "Position biases are computed for the whole row and do not restart with each sequence.",
             found=type(module).__name__,
             instead="padded batches for this model (no packed())",
+        )
+    if any(len(x) != 1 for x in tensors):
+        raise ValueError(
+            f"a packed batch is one row, but queries, keys and values have {[len(x) for x in tensors]}: "
+            "something in front of attention (position_ids?) has one row per sequence"
         )
     front = _front(module, tensors[1], len(packed.lens))
     out: list[Tensor] = [tensors[0]] * len(packed.lens)
