@@ -2,7 +2,7 @@
 
 import pytest
 
-from deltatune.data.encode import Encoder, Encoding, classified, encode, encode_all, label_names, target
+from deltatune.data.encode import Encoder, Encoding, classified, encode, encode_all, encoder, label_names, target
 from deltatune.data.example import Example, Turn
 from deltatune.data.problems import BadRow
 from tiny_tokenizers import (
@@ -14,6 +14,7 @@ from tiny_tokenizers import (
     NO_STOP,
     PHI3,
     QWEN3,
+    SQUEEZED,
     VICUNA,
     bert_like,
     byte_level,
@@ -69,6 +70,7 @@ CASES = [
      ["<think>\neh\n</think>\n\nSo<|im_end|>"]),
     ("vicuna", VICUNA, LONG, [" Yo</s>", " Because.</s>"]),
     ("generation marks", MARKED, LONG, ["Yo<|im_end|>", "Because.<|im_end|>"]),
+    ("white space changed", SQUEEZED, (SHORT[0], ("assistant", "a\n\nb"), *SHORT), ["a\nb<|im_end|>", "Yo<|im_end|>"]),
     ("no template", None, LONG, [" Yo</s>", " Because.</s>"]),
     ("a template without stops", NO_STOP, SHORT, [" Yo</s>"]),
 ]  # fmt: skip
@@ -114,6 +116,8 @@ def test_reasoning_beside_the_content():
     assert learned(encode(example, tokenizer), tokenizer) == ["<think>\nhm\n</think>\n\nSo<|im_end|>"]
     rows = [learned(row, tokenizer) for row in encode_all(example, tokenizer)]
     assert rows == [[f"<think>\nhm\n</think>\n\n{text}<|im_end|>"] for text in ("Yo", "So")]
+    inside = Example("f:1", (Turn("user", "Hi"), Turn("assistant", "in", None, {"reasoning_content": "hm"})))
+    assert learned(encode(inside, tokenizer), tokenizer) == ["<think>\nhm\n</think>\n\nin<|im_end|>"]
     # a template that never writes reasoning still teaches the answers
     plain = byte_level(CHATML)
     assert learned(encode(example, plain), plain) == ["Yo<|im_end|>", "So<|im_end|>"]
@@ -125,9 +129,9 @@ def test_notes_say_what_was_decided():
         (GEMMA, SYSTEM, "takes no system message"),
         (NO_STOP, SHORT, "with no token"),
     ]:
-        encoder = Encoder(byte_level(template))
-        encoder(turns(*pairs))
-        assert any(part in note for note in encoder.notes)
+        made = Encoder(byte_level(template))
+        made(turns(*pairs))
+        assert any(part in note for note in made.notes)
 
 
 def test_a_template_that_refuses_is_an_error_with_its_line():
@@ -197,6 +201,8 @@ def test_truncation_is_counted_and_never_leaves_a_masked_row():
     cut = Encoder(tokenizer, Encoding(max_length=8))
     assert tokenizer.decode([label for label in cut(example).labels if label != -100]) == "xy"
     assert (cut.truncated, cut.lost_tokens) == (1, 2)
+    encode_all(example, tokenizer, Encoding(max_length=8))
+    assert encoder(tokenizer, Encoding(max_length=8)).truncated == 1
     left = encode(example, tokenizer, Encoding(max_length=5, truncate="left"))
     assert tokenizer.decode(left.ids) == "fxyz</s>"
     with pytest.raises(BadRow, match=r"f:7: the row has 10 tokens, max_length allows 8\. Raise max_length to 10"):

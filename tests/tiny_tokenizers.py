@@ -60,6 +60,7 @@ MARKED = (  # with the marks of return_assistant_tokens_mask, which leave the en
     "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+SQUEEZED = CHATML.replace("message['content']", "message['content'] | replace('\n\n', '\n')")
 NO_STOP = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"  # noqa: E501
 
 SPECIALS = {
@@ -70,6 +71,7 @@ SPECIALS = {
     PHI3: ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"),
     QWEN3: ("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
     MARKED: ("<|im_start|>", "<|im_end|>"),
+    SQUEEZED: ("<|im_start|>", "<|im_end|>"),
 }
 ENDS = {
     CHATML: {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>", "bos_token": "<|im_start|>"},

@@ -13,7 +13,17 @@ from .chat import PLAIN, Chat, Span
 from .example import Example, Label, Turn
 from .problems import BadRow, nearest
 
-__all__ = ["Encoded", "Encoder", "Encoding", "classified", "encode", "encode_all", "label_names", "target"]
+__all__ = [
+    "Encoded",
+    "Encoder",
+    "Encoding",
+    "classified",
+    "encode",
+    "encode_all",
+    "encoder",
+    "label_names",
+    "target",
+]
 
 IGNORE = -100
 TRAIN_ON = ("assistant", "last", "all")
@@ -277,6 +287,11 @@ def each_turn(example: Example) -> list[Example]:
     return parts
 
 
+def encoder(tokenizer: Any, options: Encoding | None = None) -> Encoder:
+    """The encoder that `encode` and `encode_all` use: its `notes`, and how many rows and tokens it has cut so far."""
+    return _encoder(tokenizer, options or Encoding(), repr(tokenizer.chat_template))
+
+
 @lru_cache(maxsize=8)
 def _encoder(tokenizer: Any, options: Encoding, template: str) -> Encoder:
     return Encoder(tokenizer, options)
@@ -284,12 +299,12 @@ def _encoder(tokenizer: Any, options: Encoding, template: str) -> Encoder:
 
 def encode(example: Example, tokenizer: Any, options: Encoding | None = None) -> Encoded:
     """One example as one row. Errors: BadRow (a ValueError with file:line) when nothing can be learned from it."""
-    return _encoder(tokenizer, options or Encoding(), repr(tokenizer.chat_template))(example)
+    return encoder(tokenizer, options)(example)
 
 
 def encode_all(example: Example, tokenizer: Any, options: Encoding | None = None) -> list[Encoded]:
     """One example as rows: windows of a long text, or one row a turn (see `Encoder.all`)."""
-    return _encoder(tokenizer, options or Encoding(), repr(tokenizer.chat_template)).all(example)
+    return encoder(tokenizer, options).all(example)
 
 
 def label_names(examples: Iterable[Example]) -> tuple[str, ...]:

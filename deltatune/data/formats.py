@@ -353,6 +353,7 @@ def examples(
 
     Afterwards `problems.seen == problems.good + problems.bad`, and `problems.refuse()` raises what is wrong.
     """
+    format = None if format == "auto" else format
     if format is not None and format not in FORMATS:
         raise ValueError(
             f"unknown format {format!r}; choose from {', '.join(FORMATS)}.{nearest(format, list(FORMATS))}"
