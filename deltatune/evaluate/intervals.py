@@ -40,9 +40,14 @@ class Interval:
     high: float
 
     @property
-    def bounds(self) -> list[float]:
-        """[low, high], the form of eval.json."""
-        return [self.low, self.high]
+    def bounds(self) -> list[float | None]:
+        """[low, high], the form of eval.json; None where rows say nothing about spread."""
+        return [plain(self.low), plain(self.high)]
+
+
+def plain(value: float) -> float | None:
+    """A number JSON can hold, None for nan and infinity."""
+    return float(value) if math.isfinite(value) else None
 
 
 def interval(

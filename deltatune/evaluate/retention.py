@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -88,9 +87,8 @@ def forgotten(before: Mapping[str, Any], after: Mapping[str, Any], how: Resampli
     if after["kind"] == "drift":
         return own | {"forgotten": after["drift"], "before": before["drift"], "after": after["drift"]}
     gap = mean_difference(np.array(before["windows"]), np.array(after["windows"]), how)
-    bounds = [None if math.isnan(b) else b for b in gap.bounds]
     parts = {name: {k: side[k] for k in ("nll", "perplexity")} for name, side in (("before", before), ("after", after))}
-    return own | {"forgotten": gap.value, "interval": bounds, **parts}
+    return own | {"forgotten": gap.value, "interval": gap.bounds, **parts}
 
 
 def kind_of(model: Any) -> Kind:

@@ -13,7 +13,7 @@ from ..data.encode import Encoded
 from ..data.example import Example
 from .generate import Decoding, answers, evaluating
 from .incontext import Prompt, Search, best_untuned
-from .intervals import difference, interval
+from .intervals import difference, interval, plain
 from .metrics import answer, find, for_task
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class Scored:
     tokens_per_s: float = 0.0
 
     @property
-    def numbers(self) -> dict[str, float]:
-        return {"loss": self.loss, **self.metrics}
+    def numbers(self) -> dict[str, float | None]:
+        return {name: plain(value) for name, value in ({"loss": self.loss} | self.metrics).items()}
 
 
 def score(job: Job, examples: Sequence[Example], names: Sequence[str] = (), predicts: bool = True) -> Scored:
@@ -123,19 +123,19 @@ def baselines(job: Job) -> Sequence[Prompt]:
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
-def intervals(scored: Scored) -> dict[str, list[float]]:
+def intervals(scored: Scored) -> dict[str, list[float | None]]:
     """95 % intervals over rows, by metric."""
     if not scored.predictions:
         return {}
     return {name: interval(find(name), scored.predictions, scored.references).bounds for name in scored.metrics}
 
 
-def gain(before: Scored, after: Scored) -> dict[str, list[float]]:
+def gain(before: Scored, after: Scored) -> dict[str, list[float | None]]:
     """[difference, low, high] of every metric, rows paired."""
     if not before.predictions or len(before.predictions) != len(after.predictions):
         return {}
     found = {}
     for name in after.metrics:
         d = difference(find(name), before.predictions, after.predictions, after.references)
-        found[name] = [d.value, *d.bounds]
+        found[name] = [plain(d.value), *d.bounds]
     return found
