@@ -90,10 +90,10 @@ def test_the_ids_are_the_templates_own():
 
 def test_a_token_across_the_border_is_cut_where_generation_begins():
     tokenizer = byte_level(CHATML, GREEDY)
-    row = encode(turns(("user", "Hi"), ("assistant", "\nYo")), tokenizer)
+    row = encode(turns(("user", "Hi"), ("assistant", "\n\nYo")), tokenizer)
     at = next(i for i, label in enumerate(row.labels) if label != -100)
     assert tokenizer.decode(row.ids[:at]).endswith("assistant\n")
-    assert tokenizer.convert_ids_to_tokens(row.ids[at:]) == ["Ċ", "Yo", "<|im_end|>", "Ċ"]
+    assert tokenizer.convert_ids_to_tokens(row.ids[at:]) == ["Ċ", "Ċ", "Yo", "<|im_end|>", "Ċ"]
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False
     )
@@ -251,6 +251,16 @@ def test_a_pair_of_texts_has_segments():
         Encoding(max_length=5, prompt_ids=(90,)),
     )
     assert (cut.ids, cut.type_ids) == ((90, 2, 4, 5, 3), (0, 0, 0, 0, 0))
+
+
+def test_classified_texts_are_cut_on_the_side_that_is_asked_for_and_counted():
+    example, tokenizer = Example("f:1", text="a b c", label="no"), bert_like("a b c")
+    for side, ids in [("right", (2, 4, 5, 3)), ("left", (2, 5, 6, 3))]:
+        made = Encoder(tokenizer, Encoding(max_length=4, truncate=side))
+        assert made.classified(example, ("no", "yes")).ids == ids
+        assert (made.truncated, made.lost_tokens, tokenizer.truncation_side) == (1, 1, "right")
+    with pytest.raises(BadRow, match="f:1: the row has 5 tokens, max_length allows 4"):
+        classified(example, tokenizer, ("no", "yes"), Encoding(max_length=4, truncate="refuse"))
 
 
 def test_options_are_checked():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .encode import Encoded, Encoder, Encoding, classified, label_names
+from .encode import Encoded, Encoder, Encoding, label_names
 from .example import Example
 from .formats import examples
 from .problems import BadRow, Problems, split
@@ -271,7 +271,7 @@ def _control_tokens(example: Example, tokenizer: Any, report: Report) -> None:
 
 def _rows(example: Example, encoder: Encoder, names: Sequence[str]) -> list[Encoded]:
     if example.kind == "classification":
-        return [classified(example, encoder.tokenizer, names, encoder.options)]
+        return [encoder.classified(example, names)]
     if example.kind in ("chat", "pair", "text"):
         return encoder.all(example)
     return []  # preference and prompt-only rows are encoded by their objectives

@@ -130,7 +130,7 @@ class Encoder:
     def windows(self, example: Example) -> list[Encoded]:
         """A text in windows of max_length that share one token, so that every token is predicted exactly once."""
         ids, _ = self.row(example)
-        room = (self.options.max_length or len(ids)) - len(self.options.prompt_ids)
+        room = len(ids) if self.room is None else self.room
         starts = range(0, max(len(ids) - 1, 1), max(room - 1, 1))
         return [self.finish(part, part, example.where) for start in starts if (part := ids[start : start + room])]
 
@@ -200,6 +200,33 @@ class Encoder:
             offsets += [(s + start, e + start) for s, e in places]
         return ids, offsets
 
+    def classified(self, example: Example, names: Sequence[str]) -> Encoded:
+        """A labelled text or pair: the tokenizer's own special tokens around it, no labels but a target."""
+        found, front = self.around(example), tuple(self.options.prompt_ids)
+        types = found.get("token_type_ids")
+        return Encoded(
+            front + tuple(found["input_ids"]),
+            None,
+            target(example.label, names, example.where),
+            (0,) * len(front) + tuple(types) if types is not None else None,
+            where=example.where,
+        )
+
+    def around(self, example: Example) -> Any:
+        """The tokenizer's own encoding of a text or pair, cut to max_length within the special tokens."""
+        texts, room = (example.text, example.text_pair), self.room
+        found = self.tokenizer(*texts, verbose=False)
+        longest = len(found["input_ids"])
+        if room is None or longest <= room:
+            return found
+        self.refuse_long(longest, room, example.where)
+        before = self.tokenizer.truncation_side
+        self.tokenizer.truncation_side = self.options.truncate
+        try:
+            return self.tokenizer(*texts, truncation=True, max_length=room, verbose=False)
+        finally:
+            self.tokenizer.truncation_side = before
+
     def decoder_row(self, example: Example) -> tuple[list[int], list[int]]:
         """Encoder ids of the prompt; the decoder's targets end with eos."""
         prompt, answer = self.prompt_and_answer(example)
@@ -225,8 +252,7 @@ class Encoder:
 
     def finish(self, ids: Sequence[int], labels: Sequence[int], where: str) -> Encoded:
         """Cut to max_length, put virtual ids in front, and refuse a row with nothing left to learn."""
-        room = None if self.options.max_length is None else self.options.max_length - len(self.options.prompt_ids)
-        length = len(ids)
+        room, length = self.room, len(ids)
         ids, labels = self.cut(list(ids), list(labels), room, where)
         front = list(self.options.prompt_ids)
         if not self.options.decoder:
@@ -236,15 +262,24 @@ class Encoder:
             raise _all_masked(where, length, room)
         return Encoded(tuple(front + ids), tuple(labels), where=where, decoder=self.options.decoder)
 
-    def cut(self, ids: list[int], labels: list[int], room: int | None, where: str) -> tuple[list[int], list[int]]:
-        longest = max(len(ids), len(labels))
-        if room is None or longest <= room:
-            return ids, labels
+    @property
+    def room(self) -> int | None:
+        """Tokens a row may have beside the virtual ones."""
+        return None if self.options.max_length is None else self.options.max_length - len(self.options.prompt_ids)
+
+    def refuse_long(self, longest: int, room: int, where: str) -> None:
+        """Count a row that will be cut. Errors: BadRow when rows are not to be cut."""
         if self.options.truncate == "refuse":
             fix = f"Raise max_length to {longest + len(self.options.prompt_ids)}, or set truncate to right or left"
             raise BadRow("too_many_tokens", where, "", f"the row has {longest} tokens, max_length allows {room}", fix)
         self.truncated += 1
         self.lost_tokens += longest - room
+
+    def cut(self, ids: list[int], labels: list[int], room: int | None, where: str) -> tuple[list[int], list[int]]:
+        longest = max(len(ids), len(labels))
+        if room is None or longest <= room:
+            return ids, labels
+        self.refuse_long(longest, room, where)
         if self.options.decoder:
             # the eos stays: a target without an end teaches never to stop
             return _sided(ids, room, self.options.truncate), [*labels[: room - 1], labels[-1]][:room]
@@ -310,7 +345,7 @@ def encode_all(example: Example, tokenizer: Any, options: Encoding | None = None
 def label_names(examples: Iterable[Example]) -> tuple[str, ...]:
     """Class names of a training set in a fixed order (numbers by value, else by name); () for scores (regression).
 
-    Build it over the training set once and use it for every other set. Errors: ValueError for a single class.
+    Build it over the training set once and use it for every other set.
     """
     found: dict[str, None] = {}
     for example in examples:
@@ -362,21 +397,4 @@ def _index(label: Label, names: Sequence[str], where: str) -> int:
 
 def classified(example: Example, tokenizer: Any, names: Sequence[str], options: Encoding | None = None) -> Encoded:
     """A labelled text, or pair of texts, with the tokenizer's own special tokens and segment ids."""
-    options = options or Encoding()
-    assert example.text is not None
-    found = tokenizer(example.text, example.text_pair, verbose=False)
-    room = None if options.max_length is None else options.max_length - len(options.prompt_ids)
-    if room is not None and len(found["input_ids"]) > room:
-        if options.truncate == "refuse":
-            reason = f"the row has {len(found['input_ids'])} tokens, max_length allows {room}"
-            raise BadRow("too_many_tokens", example.where, "text", reason, "Raise max_length, or set truncate")
-        found = tokenizer(example.text, example.text_pair, truncation=True, max_length=room, verbose=False)
-    front = tuple(options.prompt_ids)
-    types = found.get("token_type_ids")
-    return Encoded(
-        front + tuple(found["input_ids"]),
-        None,
-        target(example.label, names, example.where),
-        (0,) * len(front) + tuple(types) if types is not None else None,
-        where=example.where,
-    )
+    return encoder(tokenizer, options).classified(example, names)
