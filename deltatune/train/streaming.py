@@ -1,4 +1,4 @@
-"""Flow: the batches of a set too large to hold, read lazily and resumed at any step without reading what came before."""
+"""Flow: the batches of a set too large to hold, read lazily and resumed at any step without starting over."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Source:
 
 
 class Flow:
-    """As Sampler, but step n yields rows, not row numbers. Steps are asked for in order; the same one may be asked again.
+    """As Sampler, but a step yields rows, not row numbers, and steps are asked for in order (one may be repeated).
 
     A step's batches are filled in the stream's order, so memory is one block of rows. An epoch's last, incomplete group
     is a step of its own.
