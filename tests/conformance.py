@@ -49,6 +49,8 @@ IDS = (5, 7)  # trained by "tokens", so every batch must hold them
 EXACT = 0.0
 # fp32 logits of size ~5 after two layers: another order of summation moves them by a few ulp (5e-7 each)
 SUMS = 2e-5
+# relative: an encoder's gradient is a sum over decoder blocks, and recomputation adds them in another order
+REORDERED = 5e-6
 REMADE = 1e-6  # one GEMM of the same numbers in another shape
 
 
@@ -315,7 +317,7 @@ def checkpointing_changes_nothing(cell: Cell) -> None:
     reference, remade = gradients(plain), gradients(model)
     assert list(reference) == list(remade)
     for key, gradient in reference.items():
-        close(remade[key], gradient, REMADE * max(1.0, gradient.abs().max().item()))
+        close(remade[key], gradient, REORDERED * max(1.0, gradient.abs().max().item()))
 
 
 def cached_generation(cell: Cell) -> None:
@@ -484,7 +486,8 @@ def count_named(chosen: Callable[[str, Cell], bool]) -> Callable[[Cell, dict], i
 
 
 HEADS = ("score", "classifier", "pre_classifier", "classification_head", "head", "lm_head", "cls", "decoder",
-         "vocab_transform", "vocab_layer_norm", "vocab_projector", "generator_predictions", "generator_lm_head")  # fmt: skip
+         "vocab_transform", "vocab_layer_norm", "vocab_projector", "generator_predictions",
+         "generator_lm_head")  # fmt: skip
 
 
 def in_head(name: str, cell: Cell) -> bool:
@@ -529,10 +532,3 @@ def failures(cell: Cell) -> dict[str, str]:
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"[:300]
     return found
-
-
-def describe(cell: Cell) -> str:
-    reason = REFUSED.get((cell.variant, cell.family))
-    if failures(cell):
-        return "FAIL"
-    return f"refused: {reason}" if reason else "pass"

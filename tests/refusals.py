@@ -24,7 +24,13 @@ ROWLESS = dict.fromkeys(
 )
 
 # (variant, family) -> why there is no peft form, for variants whose method peft has
-NO_PEFT_FORM: dict[tuple[str, str], str] = {}
+MASKED = ("bert", "roberta", "distilbert", "electra", "modernbert")
+NO_PEFT_FORM: dict[tuple[str, str], str] = {
+    **{("prefix", family): "peft's prefix slides out of the attention window" for family in ("mistral", "gemma")},
+    **{("prefix", family): "peft gives encoder and cross-attention no prefix" for family in ("t5", "bart")},
+    **{("prefix", family): "peft has no prefix for masked language models" for family in MASKED},
+    **{("prompt", family): "peft has no prompt for masked language models" for family in MASKED},
+}
 
 # unions that have no peft form although each of their parts has one
 NEVER_PEFT = {"lora+ia3": "a peft folder holds one method", "mam": "a peft folder holds one method"}

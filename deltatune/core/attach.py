@@ -17,7 +17,7 @@ from .delta import SLOT, Delta, Dense, Refusal, overrides
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
 from .quant import dense, write
-from .site import Site, common, parts, trunk, twins
+from .site import Site, common, parts, stem, twins
 from .slot import Slot, Tap, deltas, slots
 from .state import STATE, State
 
@@ -90,7 +90,7 @@ def begin(model: nn.Module) -> State:
         vocab = getattr(model, "deltatune_vocab", None)
         state = State(fingerprint(model, vocab), {n: p.requires_grad for n, p in model.named_parameters()}, vocab)
         setattr(model, STATE, state)
-        inner = trunk(model)
+        inner = stem(model)
         state.handles = [
             inner.register_forward_pre_hook(state.shift, with_kwargs=True),
             inner.register_forward_hook(state.watch),

@@ -23,6 +23,8 @@ PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
+GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
 Parts = dict[str, list[Delta]]  # layer name -> its deltas
 
 
@@ -36,18 +38,28 @@ def writable(model: nn.Module, name: str) -> str | None:
         return "LORA"
     if isinstance(only, IA3) and not any(len({type(d) for d in p}) > 1 for p in body(model, name).values()):
         return "IA3"
-    causal = task(model) == "CAUSAL_LM" and len(known(model, name).methods[name]) == 1
-    if isinstance(only, Prefix) and causal and only.offset_positions and even_heads(model, name):
+    alone = len(known(model, name).methods[name]) == 1
+    if isinstance(only, Prefix) and alone and task(model) == "CAUSAL_LM" and as_peft(model, name, only):
         return "PREFIX_TUNING"
-    return "PROMPT_TUNING" if isinstance(only, Prompt) and causal else None
+    return "PROMPT_TUNING" if isinstance(only, Prompt) and alone and task(model) in GENERATES else None
 
 
-def even_heads(model: nn.Module, name: str) -> bool:
-    """peft keeps one [length, layers, 2, heads, dim] tensor and derives dim from the width of the model."""
+def as_peft(model: nn.Module, name: str, method: Prefix) -> bool:
+    """peft keeps one [length, layers, 2, heads, dim] tensor, derives dim from the width of the model, and holds its
+    prefix in the cache, where a sliding window loses sight of it: ours stays visible."""
+    if not method.offset_positions or windowed(model):
+        return False
     shapes = {tuple(d.k.shape) for d in all_of(model, name, KeysValues)}
     config: Any = model.config
     dim = config.hidden_size // config.num_attention_heads
     return len(shapes) == 1 and next(iter(shapes))[2] == dim and all(d.shift() for d in all_of(model, name, KeysValues))
+
+
+def windowed(model: Any) -> bool:
+    kinds = getattr(model.config, "layer_types", None) or ()
+    if kinds:
+        return any("full" not in kind for kind in kinds)
+    return getattr(model.config, "sliding_window", None) is not None
 
 
 def task(model: nn.Module) -> str | None:

@@ -276,6 +276,12 @@ def trunk(model: nn.Module) -> Any:
     return getattr(model, "base_model", model)
 
 
+def stem(model: nn.Module) -> Any:
+    """The module that every forward pass calls: the trunk, but OPT's heads call the decoder inside it."""
+    inner = trunk(model)
+    return inner.decoder if getattr(model.config, "model_type", "") == "opt" else inner
+
+
 def name_of(model: nn.Module, module: nn.Module) -> str:
     for name, other in model.named_modules(remove_duplicate=False):
         if other is module:
