@@ -1,4 +1,4 @@
-"""A whole tiny job for tests: a model folder with a tokenizer, rows in files, a configuration that trains in seconds."""
+"""A whole tiny job for tests: a model folder with a tokenizer, rows in files, a run that trains in seconds."""
 
 from __future__ import annotations
 
