@@ -21,7 +21,9 @@ SPAN = Adapter(4, form="parallel", where=("ffn",))
 
 
 def stirred(model, method, name="default", seed=0):
-    attach(model, method, name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        attach(model, method, name)
     stir(model, name, seed)
     return model
 
@@ -432,3 +434,17 @@ def test_slots_are_the_only_change_to_the_tree():
     assert list(slots(model)) == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
     assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
     assert not virtual_ids(model)
+
+
+def test_hooks_do_no_bookkeeping_on_the_hot_path(monkeypatch):
+    """What runs is settled when adapters are switched: a forward pass asks no slot and no delta what it overrides."""
+    from deltatune.core import slot, state
+
+    model = stirred(stirred(tiny("llama"), [LoRA(), Prefix(2)], "a"), SPAN, "b")
+
+    def called(*_):
+        raise AssertionError("bookkeeping in a forward pass")
+
+    for module, name in ((slot, "overrides"), (slot, "slots"), (slot, "deltas"), (state, "deltas")):
+        monkeypatch.setattr(module, name, called)
+    loss_of(model).backward()

@@ -126,6 +126,7 @@ def place(model: nn.Module, name: str, found: list[tuple[Site, Delta]]) -> None:
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
         slot = slot_of(layer)
         slot.add(layer, name, delta.to(device) if device.type != "meta" else delta)
+        slot.train(layer.training)  # a model in eval mode must not get an adapter that drops out
         if site.is_span:
             span(model, slot, delta)
 

@@ -144,7 +144,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verif
         methods = build(found["methods"])
         check_base(model, found["base"], folder, verify)
     grown = (found or {}).get("base", {}).get("grown_to")
-    size = vocabulary(model)
+    size, known_before = vocabulary(model), set(vars(model))
     if grown and grown > size:
         grow(model, grown)
     active = known(model).active if attached(model) else ()
@@ -154,6 +154,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verif
     except Exception:
         if vocabulary(model) != size:
             shrink(model, size)
+            for attribute in set(vars(model)) - known_before:  # resizing notes the vocabulary's size on the model
+                delattr(model, attribute)
         raise
     return name
 
@@ -252,10 +254,8 @@ def grow(model: Any, size: int) -> None:
 
 
 def shrink(model: Any, size: int) -> None:
-    """Undo `grow`."""
+    """Undo `grow`; what stays is the attribute that remembers the base's own size."""
     model.resize_token_embeddings(size, mean_resizing=False)
-    if model.deltatune_vocab == size:
-        del model.deltatune_vocab
 
 
 def virtual_ids(model: nn.Module, name: str = "default") -> tuple[int, ...]:

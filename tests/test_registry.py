@@ -1,0 +1,84 @@
+"""The table of methods: specs build and come back, unknown names are errors with the nearest."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from deltatune import IA3, Adapter, LoRA, Prefix
+from deltatune.core.registry import KINDS, METHODS, PRESETS, build, index, method, refused, spec
+from models import tiny
+
+
+@pytest.mark.parametrize(
+    ("given", "built"),
+    [
+        ("lora", (LoRA(),)),
+        ({"lora": {"r": 4, "targets": ["q", "v"]}}, (LoRA(4, targets=("q", "v")),)),
+        ({"prefix": None}, (Prefix(),)),
+        ([{"prefix": {"length": 30}}, "ia3"], (Prefix(30), IA3())),
+        ("mam", (Prefix(30), Adapter(512, ("ffn",), "parallel", scale=4.0))),
+        (["lora-qv", LoRA(2)], (LoRA(targets=("q", "v")), LoRA(2))),
+    ],
+)
+def test_build(given, built):
+    assert build(given) == built
+
+
+@pytest.mark.parametrize("name", [*METHODS, *PRESETS])
+def test_what_is_saved_builds_the_same(name):
+    built = build(name)
+    saved = json.loads(json.dumps(spec(built)))
+    assert build(saved) == built
+    assert build(spec(build({"lora": {"patterns": {"down": {"r": 2}}}}))) == (LoRA(patterns={"down": {"r": 2}}),)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("lroa", r"unknown method 'lroa'\. Did you mean 'lora'\?"),
+        ("mamm", r"Did you mean 'mam'"),
+        (
+            {"lora": {"rank": 8}},
+            r"method 'lora' has no field 'rank'.* Its fields: r, alpha, dropout, targets, patterns",
+        ),
+        ({"lora": {"target": ["q"]}}, r"Did you mean 'targets'"),
+        ({"lora": {"r": 0}}, "r >= 1"),
+        ({"adapter": {"form": "serial"}}, "choose from sequential, parallel"),
+        ({"adapter": {"where": ["mlp"]}}, "choose from attention, ffn"),
+        ({"prefix": {"length": 0}}, "length >= 1"),
+        ({"prompt": {"init": "text"}}, "vocab, uniform"),
+    ],
+)
+def test_errors(given, said):
+    with pytest.raises(ValueError, match=said):
+        build(given)
+
+
+def test_entries_are_whole():
+    for entry in METHODS.values():
+        assert entry.kind in KINDS
+        assert entry.lr > 0
+        assert entry.cls.__dataclass_params__.frozen
+        assert entry.cls.__doc__
+    assert {n: e.peft for n, e in METHODS.items() if e.peft} == {
+        "ia3": "IA3",
+        "lora": "LORA",
+        "prefix": "PREFIX_TUNING",
+        "prompt": "PROMPT_TUNING",
+    }
+    with pytest.raises(ValueError, match="choose from linear"):
+        method("x", paper="", kind="magic")
+
+
+def test_the_index_is_plain_and_names_presets():
+    found = json.loads(json.dumps(index()))
+    assert found["methods"]["lora"]["fields"]["r"] == {"type": "int", "default": 8}
+    assert found["presets"]["mam"]["kind"] == "preset"
+    assert set(found["methods"]) == set(METHODS)
+
+
+def test_refused_says_which_methods_a_model_cannot_take():
+    assert list(refused(tiny("llama"))) == ["bitfit", "head"]
+    assert list(refused(tiny("bert", "classify"))) == []
