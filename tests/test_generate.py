@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import deltatune.evaluate.generate as generation
 from deltatune.data.encode import Encoded
 from deltatune.data.example import Example, Turn
 from deltatune.evaluate.generate import (
@@ -22,6 +23,7 @@ from deltatune.evaluate.generate import (
     grouped,
     ids_of,
     private_rng,
+    shared,
     stop_ids,
     stream,
 )
@@ -64,6 +66,32 @@ def test_a_batch_equals_a_loop_over_logits(family: str) -> None:
     assert got.tokens == sum(map(len, loops))
     assert len(set(got.texts)) > 1
     assert got.tokens_per_second > 0
+
+
+BEGINNING = "a long instruction that every prompt begins with, twice over: "
+
+
+@pytest.mark.parametrize("family", [f for f in GENERATING if FAMILIES[f].kind == "causal"])
+def test_a_common_beginning_is_computed_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(family)
+    rows = [ids_of(TOK, BEGINNING + p) for p in PROMPTS]
+    used = shared(model, rows)
+    assert used == (0 if getattr(model.config, "sliding_window", None) else len(TOK(BEGINNING)["input_ids"]))
+    together = answers(model, TOK, rows, SHORT)
+    assert together.texts == [answers(model, TOK, [row], SHORT).texts[0] for row in rows]
+    if used:  # a beginning that is not common is seen
+        rows = [row for row in rows if len(row) > used + 3]
+        right = answers(model, TOK, rows, SHORT).texts
+        monkeypatch.setattr(generation, "shared", lambda model, rows: used + 3)
+        assert answers(model, TOK, rows, SHORT).texts != right
+
+
+def test_what_is_not_shared(llama) -> None:
+    rows = [[5] * 60 + [i] for i in range(3)]
+    assert shared(llama, rows) == 60
+    assert shared(llama, rows[:1]) == 0
+    assert shared(llama, [[5] * 40 + [i] for i in range(3)]) == 0
+    assert shared(llama, [[5] * 60, [5] * 61]) == 59  # a row that is the beginning keeps its last token
 
 
 @pytest.mark.parametrize(

@@ -349,7 +349,11 @@ def _defaults(model: Any, config: Any) -> Iterator[None]:
 def _batch(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: Decoding) -> list[list[int]]:
     """The new ids of each row of one batch, padding and end tokens included."""
     seq2seq = bool(model.config.is_encoder_decoder)
-    ids, mask = (t.to(model.device) for t in padded(rows, padding_id(model, tokenizer), left=not seq2seq))
+    start = 0 if seq2seq or settings.beams > 1 else shared(model, rows)
+    ids, mask = padded([row[start:] for row in rows], padding_id(model, tokenizer), left=not seq2seq)
+    front = torch.tensor([rows[0][:start]] * len(rows), dtype=torch.long).view(len(rows), start)
+    mask = torch.cat([torch.ones_like(front), mask], 1).to(model.device)
+    ids = torch.cat([front, ids], 1).to(model.device)
     skip = 1 if seq2seq else ids.shape[1]
     more: dict[str, Any] = {}
     if settings.repetition_penalty != 1:
@@ -358,8 +362,30 @@ def _batch(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: 
     if settings.stop:
         more["stopping_criteria"] = _list("StoppingCriteriaList", Stop(tokenizer, settings.stop, skip))
     with _defaults(model, _config(model, tokenizer, settings)), torch.no_grad():
+        if start:
+            more["past_key_values"] = model(input_ids=ids[:1, :start], use_cache=True).past_key_values
+            more["past_key_values"].batch_repeat_interleave(len(rows))
         out = model.generate(input_ids=ids, attention_mask=mask, **more)
     return out[:, skip:].tolist()
+
+
+SHARED = 48  # tokens: from here on a common beginning (an instruction, demonstrations) is computed once for all rows
+
+
+def shared(model: Any, rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with, where computing them once pays and is exact; else 0.
+
+    Padding then stands between the common beginning and each row's own part, which a sliding window would count; and
+    rows on different adapters do not share a cache.
+    """
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    state = getattr(model, "deltatune_state", None)
+    if len(rows) < 2 or window is not None or (state is not None and state.rows is not None):
+        return 0
+    most = min(map(len, rows)) - 1  # every row keeps a token of its own to start from
+    first, last = min(rows), max(rows)
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
+    return min(same, most) if min(same, most) >= SHARED else 0
 
 
 def _list(kind: str, item: Any) -> Any:
