@@ -40,9 +40,10 @@ VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "head": [{"head": {}}],
     "mam": [{"prefix": {"length": 3}}, {"adapter": {"bottleneck": 4, "form": "parallel", "where": ["ffn"]}}],
     "lora+ia3": [{"lora": {"r": 2, "targets": ["v", "down"]}}, {"ia3": {}}],
+    "prefix+head": [{"prefix": {"length": 3}}, {"head": {}}],
     "lora+head": [{"lora": {"r": 2, "targets": ["q", "v"]}}, {"head": {}}],
 }
-CLASSIFIERS = ("head", "lora+head")  # variants that need a task head
+CLASSIFIERS = ("head", "lora+head", "prefix+head")  # variants that need a task head
 OTHER_LENGTH = {"prefix": 2, "mam": 2}  # the second adapter of a mixed batch has a shorter prefix
 IDS = (5, 7)  # trained by "tokens", so every batch must hold them
 

@@ -14,13 +14,14 @@ UNMERGEABLE = {
     "adapter": "a non-linearity has no equivalent weight",
     "parallel": "a non-linearity has no equivalent weight",
     "prefix": "keys and values have no equivalent weight",
+    "prefix+head": "keys and values have no equivalent weight",
     "prompt": "virtual ids have no row in the embedding",
     "mam": "neither part has an equivalent weight",
 }
 
 # variant -> why rows() refuses it
 ROWLESS = dict.fromkeys(
-    ("freeze", "full", "head", "lora+head"), "a weight per row would be a copy of the weights per row"
+    ("freeze", "full", "head", "lora+head", "prefix+head"), "a weight per row would be a copy of the weights per row"
 )
 
 # (variant, family) -> why there is no peft form, for variants whose method peft has
@@ -33,4 +34,8 @@ NO_PEFT_FORM: dict[tuple[str, str], str] = {
 }
 
 # unions that have no peft form although each of their parts has one
-NEVER_PEFT = {"lora+ia3": "a peft folder holds one method", "mam": "a peft folder holds one method"}
+NEVER_PEFT = {
+    "lora+ia3": "a peft folder holds one method",
+    "mam": "a peft folder holds one method",
+    "prefix+head": "peft does not keep a prefix and a head in one folder that loads with equal logits",
+}

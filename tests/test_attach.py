@@ -288,6 +288,13 @@ def test_without_recomputation_switching_is_safe():
     assert all(torch.equal(p.grad, e) for p, e in zip(parameters(model, "b").values(), expected, strict=True))
 
 
+def test_an_idle_in_place_adapter_does_not_forbid_switching():
+    model = attach(stirred(stirred(tiny("bert"), Full(), "full"), LoRA(), "a"), LoRA(), "b")
+    loss = loss_of(model)
+    activate(model, "a")
+    loss.backward()
+
+
 def test_in_place_weights_swapped_before_backward_raise():
     model = stirred(stirred(tiny("bert"), LoRA(), "other"), Full(), "full")
     loss = loss_of(model)
@@ -316,10 +323,17 @@ def test_the_order_of_dpo_gives_the_same_gradients(method, checkpointing):
 
 
 # ---- rows, prefixes, generation --------------------------------------------------------------------------------------
-def test_rows_want_one_name_per_row():
-    model = stirred(tiny("llama"), LoRA(), "a")
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", LoRA()), ("llama", Prefix(2)), ("bert", LoRA()), ("bert", Prefix(2)), ("bert", BitFit())],
+    ids=lambda v: v if isinstance(v, str) else type(v).__name__,
+)
+def test_rows_want_one_name_per_row(family, method):
+    model = stirred(tiny(family), method, "a")
     with pytest.raises(ValueError, match="2 names, but a layer sees a batch of 3"), rows(model, ["a", None]):
         logits(model, inputs(model, rows=3))
+    with pytest.raises(ValueError, match="0 names"), rows(model, []):
+        pass
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bart"])

@@ -350,6 +350,8 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
 
     A batch of n len(names) rows counts as n copies of each row side by side, as beams are.
     """
+    if not names:
+        raise ValueError("rows() was given 0 names: give one name per row of the batch (None: the base)")
     with restored(model):
         apply(model, tuple(dict.fromkeys(n for n in names if n is not None)), tuple(names))
         yield model

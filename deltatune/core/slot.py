@@ -117,7 +117,7 @@ class Slot(nn.ModuleDict):
 
     def attend_rows(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each row sees its own adapter's positions: shorter prefixes are padded in front and hidden."""
-        length, repeat = key.shape[2], key.shape[0] // self.row_count
+        length, repeat = key.shape[2], copies(key.shape[0], self.row_count)
         owner = {int(i): n for n, index in (self.rows or {}).items() for i in index}
         grown = []
         for i in range(key.shape[0]):
@@ -140,14 +140,17 @@ class Slot(nn.ModuleDict):
 
 def by_row(x: Tensor, rows: int) -> Tensor:
     """x [rows * n, ...] -> [rows, n, ...]: some models flatten tokens or expand beams into the first axis."""
-    if x.shape[0] == rows:
-        return x
-    if x.shape[0] % rows:
+    n = copies(x.shape[0], rows)
+    return x if n == 1 else x.reshape(rows, n, *x.shape[1:])
+
+
+def copies(size: int, rows: int) -> int:
+    """How many entries of a first axis of `size` belong to each row; ValueError when it does not come out even."""
+    if not rows or size % rows or not size:
         raise ValueError(
-            f"rows() was given {rows} names, but a layer sees a batch of {x.shape[0]}: "
-            "give one name per row (None: the base)"
+            f"rows() was given {rows} names, but a layer sees a batch of {size}: give one name per row (None: the base)"
         )
-    return x.reshape(rows, x.shape[0] // rows, *x.shape[1:])
+    return size // rows
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:

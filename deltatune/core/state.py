@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .site import positions_of
-from .slot import deltas
+from .slot import copies, deltas
 
 STATE = "deltatune_state"  # the attribute of the model that holds its State
 
@@ -42,11 +42,18 @@ class State:
             tensor.register_hook(lambda grad: self.same(seen, module))
 
     def same(self, seen: tuple, module: nn.Module) -> None:
-        if seen != self.token() and needs_same_state(module):
+        if seen != self.token() and self.matters(seen, module):
             raise RuntimeError(
                 f"adapters changed between forward ({describe(seen)}) and backward ({describe(self.token())}): "
                 "recomputation would give a wrong gradient. Call backward before activate(), or restore the adapters"
             )
+
+    def matters(self, seen: tuple, module: nn.Module) -> bool:
+        """Only recomputation and in-place weights can see another state in backward than in forward."""
+        if any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
+            return True
+        switched = {*seen[0], *self.active}
+        return any(d.inplace for name in switched for d in deltas(module, name))
 
     def shift(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Trunk hook: real tokens stand after the active prefixes' positions."""
@@ -60,7 +67,7 @@ class State:
         if self.rows is None:
             return torch.tensor([[sum(self.shifts.get(n, 0) for n in self.active)]], device=device)
         by = torch.tensor([[self.shifts.get(n or "", 0)] for n in self.rows], device=device)
-        return by.repeat_interleave(max(rows // len(self.rows), 1), 0)
+        return by.repeat_interleave(copies(rows, len(self.rows)), 0)
 
 
 def batch(args: tuple, kwargs: dict) -> int:
@@ -79,10 +86,3 @@ def tensors(output: Any) -> Iterator[Tensor]:
         yield from (t for t in output.values() if isinstance(t, Tensor))
     elif isinstance(output, tuple | list):
         yield from (t for t in output if isinstance(t, Tensor))
-
-
-def needs_same_state(module: nn.Module) -> bool:
-    """Only recomputation and in-place weights can see another state in backward than in forward."""
-    return any(getattr(m, "gradient_checkpointing", False) for m in module.modules()) or any(
-        d.inplace for d in deltas(module)
-    )
