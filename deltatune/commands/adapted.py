@@ -43,12 +43,12 @@ def located(model: str | None, adapter: Path | None) -> tuple[str, Path | None]:
     return str(found), folder
 
 
-def opened(model: str | None, adapter: Path | None) -> tuple[Any, Any, Any]:
-    """(model, tokenizer, what the adapter's run recorded about its objective)."""
+def opened(model: str | None, adapter: Path | None, objective: Any = None) -> tuple[Any, Any, Any]:
+    """(model, tokenizer, what the adapter's run recorded); `objective`: a block that goes before the recorded one."""
     ref, folder = located(model, adapter)
     from deltatune.train.run import open_adapted
 
-    return open_adapted(ref, folder)
+    return open_adapted(ref, folder, objective)
 
 
 def measuring(sets: Sequence[str] | None) -> Any:
@@ -75,10 +75,10 @@ def evaluate(
     if objective is not None:
         tree = {"model": "any", "data": "any", "objective": read_value(objective)}
         wanted = load(tree).config.objective
-    loaded, tokenizer, record = opened(model, adapter)
+    loaded, tokenizer, record = opened(model, adapter, wanted)
     from deltatune.train.run import evaluate_file
 
-    result = evaluate_file(loaded, tokenizer, wanted or record, data, section)
+    result = evaluate_file(loaded, tokenizer, record, data, section)
     if machine():
         emit(result)
         return

@@ -14,12 +14,13 @@ from ..data.example import Example
 from .generate import Decoding, answers, evaluating
 from .incontext import Prompt, Search, best_untuned
 from .intervals import difference, interval, plain
-from .metrics import answer, find, for_task
+from .metrics import answer, find, for_task, perplexity
 
 if TYPE_CHECKING:
     from ..train.job import Job
 
 BATCH_TOKENS = 4096
+FROM_LOSS = ("loss", "nll", "perplexity")
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,23 @@ class Scored:
 
 
 def score(job: Job, examples: Sequence[Example], names: Sequence[str] = (), predicts: bool = True) -> Scored:
-    """Loss over every target of `examples`, and the metrics `names` (by default what suits the rows)."""
+    """Loss over every target of `examples`, and the metrics `names` (by default what suits the rows).
+
+    Perplexity comes from the loss, everything else from predictions; `predicts=False` makes none.
+    """
     with evaluating(job.model), torch.no_grad():
         loss = mean_loss(job, job.encode(examples))
         names = tuple(names) or metrics_for(job, examples)
-        scored = [e for e in examples if job.objective.reference(e) is not None] if predicts else []
-        if not scored or names == ("perplexity",):
-            return Scored(loss, {"perplexity": float(torch.tensor(loss).exp())}, [], [])
+        by_loss = {"perplexity": perplexity(loss, 1)} if job.objective.name == "sft" else {}
+        by_loss = by_loss if "perplexity" in names or not predicts else {}
+        names = tuple(name for name in names if name not in FROM_LOSS)
+        scored = [e for e in examples if job.objective.reference(e) is not None] if predicts and names else []
+        if not scored:
+            return Scored(loss, by_loss, [], [])
         predictions, speed = predict(job, scored)
     references = [job.objective.reference(e) for e in scored]
     found = {name: find(name).compute(predictions, references) for name in names}
-    return Scored(loss, found, predictions, references, speed)
+    return Scored(loss, found | by_loss, predictions, references, speed)
 
 
 def metrics_for(job: Job, examples: Sequence[Example]) -> tuple[str, ...]:
@@ -112,8 +119,8 @@ def untuned(job: Job, examples: Sequence[Example], held_out: int = 32) -> tuple[
     search = Search(names[0], held_out, job.config.train.seed, Decoding(job.config.eval.max_new_tokens))
     found = best_untuned(job.model, job.tokenizer, job.train, examples, prompts, search)
     said, wanted = found.pop("predictions"), found.pop("references")
-    numbers = {name: find(name).compute(said, wanted) for name in names}
-    return Scored(own.loss, numbers, said, wanted), found
+    numbers = {name: find(name).compute(said, wanted) for name in names if name not in FROM_LOSS}
+    return Scored(own.loss, numbers | own.metrics if "perplexity" in names else numbers, said, wanted), found
 
 
 def baselines(job: Job) -> Sequence[Prompt]:
@@ -127,7 +134,8 @@ def intervals(scored: Scored) -> dict[str, list[float | None]]:
     """95 % intervals over rows, by metric."""
     if not scored.predictions:
         return {}
-    return {name: interval(find(name), scored.predictions, scored.references).bounds for name in scored.metrics}
+    names = [name for name in scored.metrics if name not in FROM_LOSS]
+    return {name: interval(find(name), scored.predictions, scored.references).bounds for name in names}
 
 
 def gain(before: Scored, after: Scored) -> dict[str, list[float | None]]:
@@ -135,7 +143,7 @@ def gain(before: Scored, after: Scored) -> dict[str, list[float | None]]:
     if not before.predictions or len(before.predictions) != len(after.predictions):
         return {}
     found = {}
-    for name in after.metrics:
+    for name in (name for name in after.metrics if name not in FROM_LOSS):
         d = difference(find(name), before.predictions, after.predictions, after.references)
         found[name] = [plain(d.value), *d.bounds]
     return found

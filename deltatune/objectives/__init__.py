@@ -37,4 +37,8 @@ def build(block: Any) -> Any:
 
 def record(objective: Any) -> dict[str, dict[str, Any]]:
     """The objective as the plain block that a configuration and a manifest hold."""
-    return {objective.name: asdict(objective)}
+    hidden = {f.name for f in fields(objective) if f.metadata.get("internal")}
+    found = {key: value for key, value in asdict(objective).items() if key not in hidden}
+    if isinstance(found.get("labels"), tuple) and objective.name == "cloze":
+        found["labels"] = {name: list(words) for name, words in found["labels"]}
+    return {objective.name: found}

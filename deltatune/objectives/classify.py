@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.attention import packed, positions
-from ..core.site import trunk
+from ..core.delta import Refusal
+from ..core.site import head_modules, trunk
 from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
@@ -48,6 +49,11 @@ class Classify:
         names = self.labels if self.labels is not None else label_names(examples)
         several = any(isinstance(e.label, tuple) for e in examples)
         kind = self.kind if self.kind != "auto" else "multi" if several else "single" if names else "regression"
+        if several and kind != "multi":
+            where = next(e.where for e in examples if isinstance(e.label, tuple))
+            raise ValueError(
+                f"{where}: the row has a list of labels, which kind {kind!r} does not take; kind: multi does"
+            )
         if kind != "regression" and len(names) < 2:
             raise ValueError(
                 f"classify needs two classes or more, the training set has {len(names)}: {', '.join(names)}"
@@ -64,10 +70,25 @@ class Classify:
             model.config.pad_token_id = model.config.eos_token_id
         return model
 
+    def check(self, model: Any) -> None:
+        """Refusal or ValueError for a model whose head is missing or of another size."""
+        if not head_modules(model):
+            raise Refusal(
+                "classify needs a task head.",
+                found=type(model).__name__,
+                instead="AutoModelForSequenceClassification and attach(model, [LoRA(), Head()])",
+            )
+        wanted, have = max(len(self.labels or ()), 1), int(model.config.num_labels)
+        if wanted != have:
+            names = ", ".join(self.labels or ()) or "one score"
+            raise ValueError(f"the model's head has {have} outputs, the rows need {wanted} ({names}): set num_labels")
+
     def encode(self, example: Example, tokenizer: Any, encoding: Encoding) -> list[Encoded]:
+        if self.kind == "multi" and not isinstance(example.label, tuple):
+            example = replace(example, label=(example.label,))  # one label is a list of one
         return [classified(example, tokenizer, self.labels or (), encoding)]
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+    def logits(self, model: Any, batch: Batch) -> Tensor:
         """[rows, classes]. A decoder is read at its last real token: the head's own rule would stop at the pad id."""
         if not hasattr(model, "score"):
             return run(model, batch).logits
@@ -107,8 +128,9 @@ class Classify:
         """The row's label as `predict` spells it."""
         if self.kind == "regression":
             return float(example.label)  # type: ignore[arg-type]
-        if isinstance(example.label, tuple):
-            return tuple(n for n in self.labels or () if n in {str(x) for x in example.label})
+        if self.kind == "multi":
+            given = example.label if isinstance(example.label, tuple) else (example.label,)
+            return tuple(n for n in self.labels or () if n in {spelled(x) for x in given})
         return spelled(example.label)
 
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..core.delta import Refusal
 from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding, label_names, target
 from ..data.example import Example
-from ..prompting.template import Template, render
+from ..prompting.template import Filler, Template
 from .classify import spelled
-from .common import kept_logits, language_class, load
+from .common import kept_logits, language_class, load, needs_words
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Cloze:
     template: str = "{text} It was <mask>."
     labels: Mapping[str, Sequence[str]] | tuple[tuple[str, tuple[str, ...]], ...] = ()
     words: tuple[tuple[int, ...], ...] = field(default=(), metadata={"internal": True})  # token ids by class
+    masked: bool | None = field(default=None, metadata={"internal": True})  # a masked language model; set by `bind`
 
     name = "cloze"
     packs = False
@@ -43,12 +45,23 @@ class Cloze:
         Template(self.template)
 
     @property
+    def pairs(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """(class, its words): `labels` as __post_init__ leaves them."""
+        assert isinstance(self.labels, tuple)
+        return self.labels
+
+    @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.labels)
+        return tuple(name for name, _ in self.pairs)
 
     def fit(self, examples: Sequence[Example]) -> Cloze:
         """Without label words, the class names themselves are the words."""
+        wrong = next((e.where for e in examples if e.label is None or isinstance(e.label, tuple)), None)
+        if wrong:
+            raise ValueError(f"{wrong}: cloze needs one label in every row (columns text and label)")
         names = label_names(examples)
+        if len(names) < 2:
+            raise ValueError(f"cloze needs two classes or more, the training set has {', '.join(names) or 'scores'}")
         if not self.labels:
             return replace(self, labels=tuple((n, (n,)) for n in names))
         missing = [n for n in names if n not in self.classes]
@@ -57,25 +70,42 @@ class Cloze:
         return self
 
     def load(self, path: Any, config: Any, **options: Any) -> Any:
+        """The model with the head this objective needs, its weights from `path`."""
+        if config.is_encoder_decoder:
+            raise halved(config)
         return load(language_class(config), path, **options)
 
-    def bind(self, tokenizer: Any) -> Cloze:
-        """Label words as token ids. ValueError for a word of several tokens, or one that two classes share."""
-        found = tuple(tuple(word_id(tokenizer, w) for w in words) for _, words in self.labels)
+    def check(self, model: Any) -> None:
+        """Refusal for a model without one place where it answers."""
+        if model.config.is_encoder_decoder:
+            raise halved(model.config)
+        needs_words(model, self.name)
+
+    def bind(self, tokenizer: Any, kind: str) -> Cloze:
+        """For a 'masked' or 'causal' model: label words as token ids.
+
+        ValueError for a word of several tokens, or one that two classes share.
+        """
+        found = tuple(tuple(word_id(tokenizer, w) for w in words) for _, words in self.pairs)
         every = [i for ids in found for i in ids]
         if len(set(every)) < len(every):
             raise ValueError(f"cloze label words must differ between classes: {dict(self.labels)}")
-        return replace(self, words=found)
+        if kind == "masked" and tokenizer.mask_token is None:
+            raise ValueError("cloze needs a mask token, which this model's tokenizer does not have")
+        return replace(self, words=found, masked=kind == "masked")
 
     def encode(self, example: Example, tokenizer: Any, encoding: Encoding) -> list[Encoded]:
-        filled = render(parsed(self.template), example, tokenizer, encoding.max_length, encoding.prompt_ids)
+        assert self.masked is not None, "Cloze.bind must come before the first row"
+        filled = Filler(tokenizer, self.masked, encoding.max_length, encoding.prompt_ids)(
+            parsed(self.template), example
+        )
         index = target(example.label, self.classes, example.where)
         return [Encoded(filled.ids, None, index, mask_at=filled.mask_at, where=example.where)]
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """[rows, classes]: the mean log-probability of each class's words at the gap."""
         assert batch.mask_at is not None
-        assert self.words, "Cloze.bind(tokenizer) must come before the first batch"
+        assert self.words, "Cloze.bind must come before the first batch"
         keep, place = torch.unique(batch.mask_at, return_inverse=True)
         logits = kept_logits(model, batch, keep)
         at_gap = logits[torch.arange(len(place), device=place.device), place].float().log_softmax(-1)
@@ -112,3 +142,11 @@ def word_id(tokenizer: Any, word: str) -> int:
             "choose a word of one token"
         )
     return int(single[0])
+
+
+def halved(config: Any) -> Refusal:
+    return Refusal(
+        "cloze reads one place of one sequence, and an encoder-decoder has two sequences.",
+        found=f"model type {config.model_type}",
+        instead="a masked or a causal model, or the objective sft with the word as the completion",
+    )

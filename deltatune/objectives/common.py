@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.attention import packed, positions
+from ..core.delta import Refusal
 from ..core.site import head_modules
 from ..data.batch import Batch
 
@@ -69,11 +70,21 @@ def language_class(config: Any) -> str:
 MASKED = ("bert", "roberta", "distilbert", "electra", "modernbert", "albert", "deberta-v2", "xlm-roberta", "camembert")
 
 
-def kind_of(model: nn.Module) -> str:
+def kind_of(model: Any) -> str:
     """'seq2seq', 'masked' or 'causal'."""
     if model.config.is_encoder_decoder:
         return "seq2seq"
     return "causal" if getattr(model.config, "is_decoder", False) or model.config.model_type not in MASKED else "masked"
+
+
+def needs_words(model: Any, objective: str) -> None:
+    """Refusal for a model without a language head."""
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise Refusal(
+            f"{objective} reads the language model's words, and this model has no language head.",
+            found=type(model).__name__,
+            instead="the model loaded as a language model (AutoModelForCausalLM and its kin), or objective classify",
+        )
 
 
 def run(model: nn.Module, batch: Batch, **more: Any) -> Any:

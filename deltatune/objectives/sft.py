@@ -13,7 +13,7 @@ from ..core.delta import Refusal
 from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding, encode_all
 from ..data.example import Example
-from .common import IGNORE, kept_logits, kind_of, language_class, load, run, token_loss
+from .common import IGNORE, kept_logits, kind_of, language_class, load, needs_words, run, token_loss
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,22 @@ class SFT:
         return self
 
     def load(self, path: Any, config: Any, **options: Any) -> Any:
+        """The model with the head this objective needs, its weights from `path`."""
         auto = language_class(config)
         if auto == "AutoModelForMaskedLM":
-            raise Refusal(
-                "SFT predicts the next token, which a masked language model does not.",
-                found=f"model type {config.model_type}",
-                instead="the objective classify or cloze, or a causal or encoder-decoder model",
-            )
+            raise masked(config)
         return load(auto, path, **options)
+
+    def check(self, model: Any) -> None:
+        """Refusal for a model that does not predict the next token."""
+        if kind_of(model) == "masked":
+            raise masked(model.config)
+        needs_words(model, self.name)
 
     def encode(self, example: Example, tokenizer: Any, encoding: Encoding) -> list[Encoded]:
         return encode_all(example, tokenizer, encoding)
 
-    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """(sum over the supervised tokens, metrics). Logits are made only at the positions that predict one."""
         if kind_of(model) == "seq2seq":
             start = model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
@@ -63,3 +66,11 @@ class SFT:
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
         raise TypeError("SFT answers by generation: see evaluate.generate")
+
+
+def masked(config: Any) -> Refusal:
+    return Refusal(
+        "SFT predicts the next token, which a masked language model does not.",
+        found=f"model type {config.model_type}",
+        instead="the objective classify or cloze, or a causal or encoder-decoder model",
+    )

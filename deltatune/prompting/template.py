@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,26 +57,49 @@ class Rendered:
     mask_at: int
 
 
-def render(template: Template, example: Example, tokenizer: Any, room: int | None, front: Sequence[int]) -> Rendered:
-    """Fill, tokenize and find the gap: the mask token of a masked LM, the last token before the gap of a causal one.
+@dataclass(frozen=True)
+class Filler:
+    """Fills a template, tokenizes it and finds the gap.
 
-    Only the row's own text is cut to fit `room` tokens, never the template. `front`: virtual ids.
+    The gap is the mask token of a masked model, and the last token before it of a causal one. Only the row's own text
+    is cut to fit `room` tokens, never the template. `front`: virtual ids, which stand after the leading special token.
     """
-    masked = tokenizer.mask_token is not None
-    parts = template.parts(example)
-    at = next(i for i, (piece, _) in enumerate(parts) if piece == MASK)
-    if not masked and "".join(p for p, _ in parts[at + 1 :]).strip(" ."):
-        raise ValueError(f"template {template.text!r}: a causal model answers at the end, nothing may follow {MASK}")
-    before, after = edges(tokenizer)
-    kept = parts if masked else parts[:at]
-    pieces = [(piece, own) for piece, own in kept]
-    if not masked and pieces:  # the space before the gap belongs to the answer's first token
-        pieces[-1] = (pieces[-1][0].rstrip(" "), pieces[-1][1])
-    text = fit(tokenizer, pieces, None if room is None else room - len(before) - len(front) - len(after))
-    text = text.replace(MASK, tokenizer.mask_token) if masked else text
-    body = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    ids = (*before, *front, *body, *(after if masked else ()))
-    return Rendered(tuple(ids), ids.index(tokenizer.mask_token_id) if masked else len(ids) - 1)
+
+    tokenizer: Any
+    masked: bool
+    room: int | None = None
+    front: Sequence[int] = ()
+
+    def __call__(self, template: Template, example: Example) -> Rendered:
+        pieces = self.pieces(template, example)
+        before, after = edges(self.tokenizer)
+        after = after if self.masked else []
+        spare = None if self.room is None else self.room - len(before) - len(self.front) - len(after)
+        body = self.tokens(fit(self.tokens, pieces, spare))
+        ids = (*before, *self.front, *body, *after)
+        return Rendered(tuple(ids), ids.index(self.tokenizer.mask_token_id) if self.masked else len(ids) - 1)
+
+    def tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    def pieces(self, template: Template, example: Example) -> list[tuple[str, bool]]:
+        """(text, whether it is the row's own) up to the gap of a causal model, with the mask token of a masked one."""
+        parts = template.parts(example)
+        at = next(i for i, part in enumerate(parts) if part == (MASK, False))
+        if self.masked:
+            mask = self.tokenizer.mask_token
+            # a row that spells the mask token means its letters, and must not move the gap
+            parts = [(piece.replace(mask, mask.strip("<>[]")) if own else piece, own) for piece, own in parts]
+            return [*parts[:at], (mask, False), *parts[at + 1 :]]
+        if "".join(piece for piece, _ in parts[at + 1 :]).strip(" ."):
+            raise ValueError(
+                f"template {template.text!r}: a causal model answers at the end, nothing may follow {MASK}"
+            )
+        before = parts[:at]
+        while before and not (stripped := before[-1][0].rstrip(" ")):
+            before.pop()
+        # the space before the gap belongs to the answer's first token
+        return [*before[:-1], (stripped, before[-1][1])] if before else []
 
 
 def edges(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -87,11 +110,11 @@ def edges(tokenizer: Any) -> tuple[list[int], list[int]]:
     return full[:at], full[at + len(inner) :]
 
 
-def fit(tokenizer: Any, pieces: Sequence[tuple[str, bool]], room: int | None) -> str:
-    """The pieces as one text, the row's own parts shortened evenly until it fits."""
+def fit(tokens: Callable[[str], list[int]], pieces: Sequence[tuple[str, bool]], room: int | None) -> str:
+    """The pieces as one text, the row's own parts shortened, the longest first, until it fits."""
     texts = [piece for piece, _ in pieces]
     own = [i for i, (_, mine) in enumerate(pieces) if mine]
-    while room is not None and len(tokenizer("".join(texts), add_special_tokens=False)["input_ids"]) > room:
+    while room is not None and len(tokens("".join(texts))) > room:
         longest = max(own, key=lambda i: len(texts[i]), default=None)
         if longest is None or not texts[longest]:
             raise ValueError(f"max_length leaves no room for the template: it alone needs more than {room} tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,12 +37,16 @@ def scores(s: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     was_in, now_in = s.get("intervals_before") or {}, s.get("intervals") or {}
     for name in dict.fromkeys([s["metric"], *s["after"]]):
         if name in s["after"]:
-            was = f"{s['before'][name]:.3f}" + bounds(was_in.get(name))
-            yield name, was, f"{s['after'][name]:.3f}", bounds(now_in.get(name)).strip()
+            was = number(s["before"].get(name)) + bounds(was_in.get(name))
+            yield name, was, number(s["after"][name]), bounds(now_in.get(name)).strip()
 
 
-def bounds(pair: Sequence[float] | None) -> str:
-    return f" [{pair[0]:.3f}, {pair[1]:.3f}]" if pair else ""
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def bounds(pair: Sequence[float | None] | None) -> str:
+    return f" [{number(pair[0])}, {number(pair[1])}]" if pair and None not in pair else ""
 
 
 def facts(s: Mapping[str, Any]) -> Iterator[str]:
@@ -50,6 +55,14 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
     if prompt:
         tried = ", ".join(f"{k} {v:.2f}" for k, v in s["untuned_prompts"]["held_out"].items() if v is not None)
         yield f"before: the untuned model with its best prompt, {prompt!r} (on training rows: {tried})"
+    if s.get("measured_on") == "train":
+        yield "before and after: the loss on training rows, as there are no evaluation rows (--eval FILE)"
+    change = (s.get("gain") or {}).get(s["metric"])
+    if change:
+        yield f"gain: {s['metric']} {number(change[0])}{bounds(change[1:])}, over the same rows"
+    for name, numbers in (s.get("ood") or {}).items():
+        shown = ", ".join(f"{k} {number(v)}" for k, v in numbers.items() if k != "gap")
+        yield f"out of domain: {name}: {shown}"
     yield from forgotten(s.get("retention") or {})
     share = s["trainable_parameters"] / s["parameters"]
     tuned = f"{s['trainable_parameters']:,} of {s['parameters']:,} parameters ({share:.2%})"
@@ -76,9 +89,11 @@ def forgotten(kept: Mapping[str, Any]) -> Iterator[str]:
 
 def commands(folder: Any, s: Mapping[str, Any]) -> list[Text]:
     """The next three commands to type."""
+    talk = Text(f"  deltatune chat --adapter {folder}            # talk to it; /compare shows the base beside it")
+    again = Text(f"  deltatune runs {folder.parent}            # every run here, with its numbers")
     return [
         Text("next:"),
-        Text(f"  deltatune chat --adapter {folder}            # talk to it; /compare shows the base beside it"),
+        talk if s.get("objective", "sft") == "sft" else again,
         Text(f"  deltatune eval --adapter {folder} --data FILE   # measure it on your rows"),
         Text(f"  deltatune merge {folder} --out merged          # one plain model folder"),
     ]
@@ -90,11 +105,20 @@ def markdown(config: Config, s: Mapping[str, Any], checks: Sequence[Any]) -> str
     rows = "\n".join(f"| {n} | {a} | {b} | {c} |" for n, a, b, c in scores(s))
     verified = "\n".join(f"| {c.name} | {mark[c.ok]} | {c.detail} |" for c in checks)
     notes = "\n".join(f"- {n}" for n in s["notes"]) or "- none"
+    seen = s.get("sample")
+    shown = f"## One row as the model sees it (learned: >> <<)\n\n{fenced(seen)}\n\n" if seen else ""
     return (
         f"# {config.model.name} with {' + '.join(name for name, _ in config.parts)}\n\n"
         f"| metric | before | after | 95 % interval |\n|---|---|---|---|\n{rows}\n\n"
         + "\n".join(f"- {line}" for line in facts(s))
         + f"\n\n## Verified\n\n| check | holds | found |\n|---|---|---|\n{verified}\n\n"
         f"## Notes on the data\n\n{notes}\n\n"
+        f"{shown}"
         f"## Configuration\n\n```yaml\n{dump(config)}```\n"
     )
+
+
+def fenced(text: str) -> str:
+    """A block that shows `text` as it is, whatever backticks it holds."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,7 @@ import torch
 from torch import nn
 
 from ..config import Config
-from ..core.attach import attach, attached, packing, trainable
-from ..core.delta import Refusal
+from ..core.attach import activate, attach, attached, known, packing, trainable
 from ..core.store import virtual_ids
 from ..data import formats
 from ..data.batch import Batch, Batching, pack, pad, plan
@@ -26,9 +27,14 @@ from ..methods.freeze import Head
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import model_path
+from . import memory
 from .sampler import Sampler
 
 ADAPTER = "default"
+SAMPLE = 64  # training rows that a run without evaluation rows is measured on
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+SELDOM = r"(pooler|head|classifier|score|embed|wte|wpe|rows)"  # keys without a gradient in many a batch
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Job:
     """Everything a run needs, prepared; nothing trained yet."""
 
     config: Config
-    model: nn.Module
+    model: Any  # a transformers model
     tokenizer: Any
     objective: Any
     adapter: str
@@ -47,6 +53,8 @@ class Job:
     rows: list[Encoded] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     baselines: Sequence[Prompt] = ()  # ways to ask the untuned model; () tries the row as it is
+    recompute: bool = False  # gradient checkpointing
+    fresh: bool = True  # the adapter was attached for this run, untrained
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +73,8 @@ class Job:
         if wanted == "on" and not legal:
             where = f"{self.objective.name} on {type(self.model).__name__}"
             raise ValueError(f"data.packing: on does not work for {where}; leave it auto")
+        if wanted == "on" and self.config.train.batch_tokens is None:
+            raise ValueError("data.packing: on fills batches by tokens: give train.batch_tokens, not batch_rows")
         return legal and wanted != "off"
 
     def batching(self) -> Batching:
@@ -105,21 +115,49 @@ class Job:
     def trainable(self) -> dict[str, nn.Parameter]:
         return trainable(self.model, self.adapter)
 
+    def conditional(self) -> list[str]:
+        """Keys that may see no gradient for a while: tuned in place, embeddings of words that do not occur."""
+        names = {m.method_name for m in known(self.model, self.adapter).methods[self.adapter]}
+        return [SELDOM] if names & {"full", "freeze", "head", "tokens"} else []
+
+    def idle(self, key: str) -> bool:
+        """Whether `key` may rightly end the run as it began."""
+        return any(re.search(pattern, key) for pattern in self.conditional())
+
+    def sample(self) -> list[Example]:
+        """What before and after are measured on: the evaluation rows, else a fixed piece of the training rows."""
+        return self.eval or self.train[:: max(1, math.ceil(len(self.train) / SAMPLE))]
+
 
 # ---- preparing -------------------------------------------------------------------------------------------------------
 def read_sets(config: Config, notes: list[str]) -> tuple[list[Example], list[Example], dict[str, list[Example]]]:
     """(train, eval, ood) rows; one ValueError with every row that cannot be used."""
-    train = read(config.data.train, config.data.format, notes)
+    train = read(config.data.train, config, notes)
     if not train:
         raise ValueError(f"{', '.join(config.data.train)}: no rows to train on")
-    held = read(config.data.eval, config.data.format, notes)
-    return train, held, {name: read(refs, config.data.format, notes) for name, refs in config.data.ood.items()}
+    held = measured("eval", read(config.data.eval, config, notes), config, notes)
+    if config.data.eval and not held:
+        raise ValueError(f"{', '.join(config.data.eval)}: no rows to measure on")
+    if not held:
+        notes.append(f"no evaluation rows: before and after are the loss on at most {SAMPLE} of the TRAINING rows")
+    ood = {name: read(refs, config, notes) for name, refs in config.data.ood.items()}
+    return train, held, {name: measured(f"ood {name}", rows, config, notes) for name, rows in ood.items()}
 
 
-def read(refs: Sequence[str], format: str, notes: list[str]) -> list[Example]:
+def measured(name: str, rows: list[Example], config: Config, notes: list[str]) -> list[Example]:
+    """The rows that `eval.rows` allows, evenly spaced, and a note where that leaves some out."""
+    most = config.eval.rows or len(rows)
+    if len(rows) <= most:
+        return rows
+    notes.append(f"{name}: {most} of {len(rows)} rows are measured (eval.rows)")
+    return [rows[i * len(rows) // most] for i in range(most)]
+
+
+def read(refs: Sequence[str], config: Config, notes: list[str]) -> list[Example]:
     found: list[Example] = []
     for ref in refs:
-        rows, problems = formats.load(ref, None if format == "auto" else format)
+        format = None if config.data.format == "auto" else config.data.format
+        rows, problems = formats.load(ref, format, config.data.columns)
         notes += [*problems.notes, *map(str, problems.warnings)]
         found += rows
     return found
@@ -152,7 +190,7 @@ def model_config(path: Path | str) -> Any:
 def dtype(config: Config) -> torch.dtype:
     """What the user asked for, or bf16 where the hardware multiplies it fast."""
     asked = next((x for x in (config.model.dtype, config.train.precision) if x != "auto"), None)
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[asked or ("bf16" if has_bf16() else "fp32")]
+    return DTYPES[asked or ("bf16" if has_bf16() else "fp32")]
 
 
 def has_bf16() -> bool:
@@ -179,52 +217,139 @@ def prepare(config: Config) -> Job:
     objective = build_objective(config.objective).fit(train)
     model, tokenizer = open_model(config, objective)
     job = Job(config, model, tokenizer, objective, ADAPTER, Encoding(), train, held, ood, notes=notes)
-    with torch.random.fork_rng():
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.train.seed)
         attach(model, methods(config, objective), ADAPTER)
     return settle(job)
 
 
 def settle(job: Job) -> Job:
-    """Bind the objective to the tokenizer, and encode with the adapter's virtual ids in front."""
+    """Bind the objective to the tokenizer, encode with the adapter's virtual ids in front, and pin what was `auto`."""
     if hasattr(job.objective, "bind"):
-        job.objective = job.objective.bind(job.tokenizer)
+        job.objective = job.objective.bind(job.tokenizer, kind_of(job.model))
     job.encoding = Encoding(
-        max_length=job.config.train.max_length,
+        max_length=longest(job),
         train_on=getattr(job.objective, "train_on", "assistant"),
         decoder=kind_of(job.model) == "seq2seq" and not job.objective.task_head,
         prompt_ids=virtual_ids(job.model, job.adapter),
     )
     job.rows = job.encode(job.train)
-    if job.batching().packing:
-        packing(job.model)
-    if job.config.train.checkpoint_gradients == "on":
-        job.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for rows in (job.eval, *job.ood.values()):
+        job.encode(rows)  # a row that cannot be measured is better known now than after hours
+    job.recompute = recomputes(job)
+    pinned = {
+        "precision": {v: k for k, v in DTYPES.items()}.get(next(job.model.parameters()).dtype, "auto"),
+        "compile": "off",
+        "checkpoint_gradients": "on" if job.recompute else "off",
+    }
+    job.config = job.config.model_copy(update={"train": job.config.train.model_copy(update=pinned)})
     return job
 
 
+def longest(job: Job) -> int:
+    """train.max_length, or what the model has positions for."""
+    wanted, config = job.config.train.max_length, job.model.config
+    places = getattr(config, "max_position_embeddings", None)
+    if not isinstance(places, int) or places < 1:
+        return wanted
+    if config.model_type in OFFSET_POSITIONS:  # numbered from after the padding id
+        places -= int(config.pad_token_id or 0) + 1
+    places -= known(job.model, job.adapter).shifts.get(job.adapter, 0)
+    if places < wanted:
+        job.notes.append(f"rows may have {places} tokens, not {wanted}: {config.model_type} has no more positions")
+    return min(places, wanted)
+
+
+def recomputes(job: Job) -> bool:
+    """Whether activations are recomputed: as asked, or (auto) where the prediction would not fit without."""
+    wanted, able = job.config.train.checkpoint_gradients, getattr(job.model, "supports_gradient_checkpointing", False)
+    if wanted == "on" and not able:
+        raise ValueError(
+            f"train.checkpoint_gradients: on is not possible for {type(job.model).__name__}; leave it auto"
+        )
+    if wanted != "auto" or not able:
+        return wanted == "on"
+    predicted = memory.estimate(job, job.trainable())["total"]
+    if predicted <= memory.free():
+        return False
+    job.notes.append(f"gradient checkpointing is on: {predicted / 2**30:.1f} GiB would not fit without")
+    return True
+
+
+@contextmanager
+def in_training(job: Job) -> Iterator[None]:
+    """The model as the run needs it (packing, recomputation, deterministic operations), and afterwards as it was."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    packs = job.batching().packing
+    recomputed = any(getattr(module, "gradient_checkpointing", False) for module in job.model.modules())
+    modes = [(module, module.training) for module in job.model.modules()]
+    torch.use_deterministic_algorithms(job.config.train.deterministic)
+    if packs:
+        packing(job.model)
+    if job.recompute:
+        job.model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if job.recompute and not recomputed:
+            job.model.gradient_checkpointing_disable()
+        if packs and job.adapter in attached(job.model):
+            packing(job.model, False)
+        for module, training in modes:
+            module.training = training
+
+
 def check_supported(config: Config) -> None:
-    if config.train.compile == "on":
-        raise ValueError("train.compile: on is not in this version; leave it auto (which runs without)")
+    """ValueError for keys that this version, or this combination, cannot honour."""
+    t, asked = config.train, {config.model.dtype, config.train.precision} - {"auto"}
+    faults = {
+        "train.compile: on is not in this version; leave it auto (which runs without)": t.compile == "on",
+        "train.patience counts evaluations: give train.eval_every too": t.patience and not t.eval_every,
+        "train.eval_every needs rows to evaluate: give data.eval": t.eval_every and not config.data.eval,
+        "eval.shots puts examples into a prompt, which only sft has: leave it out": config.eval.shots
+        and config.goal[0] != "sft",
+        "model.dtype and train.precision differ: mixed precision is not in this version; give one": len(asked) > 1,
+    }
+    for text in (text for text, wrong in faults.items() if wrong):
+        raise ValueError(text)
 
 
 def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[str, Any]) -> Job:
-    """A job over a model that the caller holds, with the adapter `given["adapter"]` attached already."""
+    """A job over a model that the caller holds, with the adapter `given["adapter"]` attached already.
+
+    That adapter alone is active from here on.
+    """
     check_supported(config)
     name = given["adapter"]
     if name not in attached(model):
         raise ValueError(f"adapter {name!r} is not attached: call attach(model, LoRA(...), name={name!r}) first")
+    tokenizer = given.get("tokenizer") or tokenizer_of(model)
+    asked = DTYPES.get(config.train.precision, DTYPES.get(config.model.dtype))
+    have = next(model.parameters()).dtype
+    if asked not in (None, have):
+        raise ValueError(f"the model is in {have}, train.precision asks for {asked}: convert it with model.to({asked})")
     notes: list[str] = []
     train, held, ood = read_sets(config, notes)
     objective = build_objective(objective).fit(train)
-    if objective.task_head and not hasattr(model, "classifier") and not hasattr(model, "score"):
-        raise Refusal(
-            "this objective needs a task head.",
-            found=type(model).__name__,
-            instead="AutoModelForSequenceClassification and attach(model, [LoRA(), Head()])",
-        )
-    tokenizer = given.get("tokenizer") or open_tokenizer(model.config._name_or_path)
-    return settle(Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes))
+    objective.check(model)
+    activate(model, name)
+    return settle(
+        Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes, fresh=False)
+    )
+
+
+def tokenizer_of(model: Any) -> Any:
+    """The tokenizer of the folder or hub id a model came from; ValueError where it came from nowhere."""
+    name = getattr(model.config, "_name_or_path", "")
+    fix = "give train(..., tokenizer=AutoTokenizer.from_pretrained(...))"
+    if not name:
+        raise ValueError(f"the model does not say where it came from, so its tokenizer is not known: {fix}")
+    try:
+        return open_tokenizer(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer at {name!r}, where the model came from: {fix}") from error
 
 
 def last_turn(encoding: Encoding) -> Encoding:

@@ -43,6 +43,7 @@ class Loop:
     progress: Progress = field(default_factory=Progress, init=False)
     optimizer: optim.Optimizer = field(init=False)
     watch: guard.Watch = field(init=False)
+    saved_at: float = field(default_factory=time.monotonic, init=False)
 
     def run(self) -> Outcome:
         """Train to the end, to a stop request (SIGINT, SIGTERM) or to a GuardStop / VerificationError."""
@@ -91,8 +92,7 @@ class Loop:
         self.progress.step += 1
         self.tell("step", metrics | figures(batches, losses, time.perf_counter() - began, n + 1) | {"lr": s.lr * rate})
         validate(self)
-        if s.save_every and self.progress.step % s.save_every == 0:
-            resume.save(self)
+        resume.periodic(self)
 
     def _backward(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Any]]:
         """Gradients of (sum of all losses) / (all targets): the same however a step is cut into micro-batches."""

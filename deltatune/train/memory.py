@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from torch import nn
 
 from ..core.delta import SLOT
-from .job import Job
+
+if TYPE_CHECKING:
+    from .job import Job
 
 ACTIVATIONS = (
     34  # bytes per token, layer and hidden unit of a block without recomputation (Korthikanti 2022, eq. 2), at bf16
@@ -25,9 +28,10 @@ def estimate(job: Job, trainable: Mapping[str, nn.Parameter]) -> dict[str, int]:
     masters = sum(p.numel() * 4 for p in trainable.values() if p.dtype != torch.float32)
     longest = max((len(row.ids) for row in job.rows), default=1)
     tokens = t.batch_tokens or longest * (t.batch_rows or 1)
-    hidden, depth = int(config.hidden_size), int(config.num_hidden_layers)
+    depth = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)
+    hidden = int(config.hidden_size)
     wide = 2 if next(job.model.parameters()).dtype == torch.float32 else 1
-    per_layer = RECOMPUTED if t.checkpoint_gradients == "on" else ACTIVATIONS
+    per_layer = RECOMPUTED if job.recompute else ACTIVATIONS
     supervised = sum(r.targets for r in job.rows) / max(sum(len(r.ids) for r in job.rows), 1)
     parts = {
         "weights": base,
@@ -55,5 +59,5 @@ def warning(predicted: Mapping[str, int]) -> str | None:
     most = max((k for k in predicted if k != "total"), key=lambda k: predicted[k])
     return (
         f"predicted peak memory {total / 2**30:.1f} GiB (mostly {most}), free {available / 2**30:.1f} GiB: "
-        "lower train.batch_tokens, or set train.checkpoint_gradients: on"
+        "lower train.batch_tokens (or batch_rows), or set train.checkpoint_gradients: on"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,6 +53,15 @@ def save(loop: Loop) -> None:
         log.warning("%s", error)
         if p.failures == 2:
             raise guard.GuardStop(f"{error}. Two saves in a row failed; the last good one is step {p.saved}") from error
+
+
+def periodic(loop: Loop) -> None:
+    """Save if the number of steps or the time since the last save asks for it."""
+    p, s = loop.progress, loop.settings
+    by_time = s.save_seconds and time.monotonic() - loop.saved_at >= s.save_seconds
+    if by_time or (s.save_every and p.step % s.save_every == 0):
+        save(loop)
+        loop.saved_at = time.monotonic()
 
 
 def restore(loop: Loop) -> list[str]:

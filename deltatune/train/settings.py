@@ -33,6 +33,7 @@ class Settings(optim.Optim):
     clip: float = 1.0  # of the gradient's L2 norm over all trainable tensors; 0 is off
     eval_every: int = 0
     save_every: int = 0
+    save_seconds: float = 0.0  # or by time, 0 is never; when a run saves does not change what it learns
     metric: str = "loss"
     higher_is_better: bool = False
     patience: int = 0

@@ -1,0 +1,93 @@
+"""Evidence: what was measured before step 1 and after the last, and what eval.json says of the two."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..core.attach import disabled
+from ..data.example import Example
+from ..evaluate import retention as kept
+from ..evaluate.metrics import find
+from ..evaluate.score import Scored, gain, intervals, score, untuned
+from .folder import write_json
+from .job import Job
+
+
+@dataclass
+class Before:
+    """What was measured before step 1."""
+
+    scored: dict[str, Any]
+    prompts: dict[str, Any] = field(default_factory=dict)
+    retention: dict[str, Any] | None = None
+
+    def as_scored(self) -> Scored:
+        """The score; JSON holds nan as null."""
+        metrics = {name: math.nan if value is None else value for name, value in self.scored["metrics"].items()}
+        loss = math.nan if self.scored["loss"] is None else self.scored["loss"]
+        return Scored(**{**self.scored, "loss": loss, "metrics": metrics})
+
+
+def before(job: Job, path: Path) -> Before:
+    """The untuned model, measured once and kept in `path`: a resumed run reads what the first one found."""
+    if path.exists():
+        return Before(**json.loads(path.read_text(encoding="utf-8")))
+    plain = replace(job, encoding=replace(job.encoding, prompt_ids=()))  # a base has no virtual tokens
+    with disabled(job.model):
+        if job.eval:
+            scored, tried = untuned(plain, job.eval)
+        else:
+            scored, tried = score(plain, job.sample(), predicts=False), {}
+        found = Before(asdict(scored), tried, general(job))
+    write_json(path, asdict(found))
+    return found
+
+
+def general(job: Job) -> dict[str, Any] | None:
+    """How well the model reads general text now; None when the user turned it off, a note when there is no text."""
+    if not job.config.eval.retention:
+        return None
+    try:
+        texts = kept.default_texts()
+    except (ValueError, OSError) as error:
+        return {"error": f"general text could not be had: {error}"}
+    return kept.retention(job.model, job.tokenizer, texts, base=lambda: disabled(job.model))
+
+
+def after(job: Job, first: Before) -> dict[str, Any]:
+    """eval.json: before, after, intervals, what was forgotten, and how far it carries out of domain."""
+    was, now = first.as_scored(), score(job, job.sample(), predicts=bool(job.eval))
+    metric = next(iter(now.metrics), "loss") if job.eval else "loss"
+    result = {
+        "metric": metric,
+        "higher_is_better": metric != "loss" and find(metric).higher_is_better,
+        "before": was.numbers,
+        "after": now.numbers,
+        "intervals": intervals(now),
+        "intervals_before": intervals(was),
+        "gain": gain(was, now),
+        "rows": len(job.sample()),
+        "measured_on": "eval" if job.eval else "train",
+        "untuned_prompts": first.prompts,
+        "generated_tokens_per_s": now.tokens_per_s,
+        "retention": forgotten(first.retention, lambda: general(job)),
+    }
+    if job.ood:
+
+        def measure(rows: Sequence[Example]) -> Mapping[str, Any]:
+            return score(job, rows).numbers
+
+        result["ood"] = kept.out_of_domain(measure, now.numbers, job.ood)
+    return result
+
+
+def forgotten(first: Mapping[str, Any] | None, again: Any) -> dict[str, Any]:
+    """What eval.json says of general text; `again()` measures it anew, if it was measured before."""
+    if not first or "error" in first:
+        return dict(first or {})
+    return kept.forgotten(first, again() or {})

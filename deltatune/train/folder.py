@@ -1,0 +1,176 @@
+"""Folder: what a run leaves behind, each file whole or absent: env.json, verified.json, eval.json, report.md."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import Config
+from ..core.attach import known
+from ..report import page
+from .job import Job
+from .progress import memory as memory_now
+from .verify import Check, sample
+
+
+@dataclass
+class Run:
+    """A finished (or interrupted) run: its folder, how it ended, and what is on the end screen."""
+
+    dir: Path
+    status: str
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def screen(self) -> Any:
+        return page.screen(self)
+
+
+def place(config: Config, out: Path | None) -> Path:
+    """The run folder; a folder that holds another run is never written over."""
+    name = "+".join(name for name, _ in config.parts)
+    model = Path(config.model.name.removeprefix("pypi:")).name
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = out or Path(config.output.dir or "runs") / f"{stamp}-{name}-{model}"
+    if (folder / "config.yaml").exists():
+        raise ValueError(
+            f"{folder} holds a run already: `deltatune resume {folder}` goes on with it, or give another --out"
+        )
+    return folder
+
+
+def finished(folder: Path) -> Run | None:
+    """The run that `folder` holds, if it came to its end."""
+    measured = folder / "eval.json"
+    if not measured.exists() or not json.loads(measured.read_text(encoding="utf-8")).get("after"):
+        return None
+    status = json.loads((folder / "verified.json").read_text(encoding="utf-8"))["status"]
+    return Run(folder, status, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+
+
+@dataclass
+class Finished:
+    """What the end of a run knows."""
+
+    checks: list[Check]
+    result: dict[str, Any]
+    seconds: dict[str, float]
+    steps: int
+    trained: Mapping[str, nn.Parameter]
+
+
+def finish(job: Job, folder: Path, done: Finished) -> Run:
+    """Write the reports; a failed check makes the run 'unverified'."""
+    status = verified(folder, done.checks)
+    summary = summarise(job, folder, done)
+    write_json(folder / "summary.json", summary)
+    write(folder / "report.md", page.markdown(job.config, summary, done.checks))
+    write_json(folder / "eval.json", done.result)  # last: its presence says that the run is finished
+    return Run(folder, status, summary)
+
+
+def verified(folder: Path, checks: Sequence[Check]) -> str:
+    """Write verified.json; returns 'done', or 'unverified' where a check failed."""
+    status = "unverified" if any(c.ok is False for c in checks) else "done"
+    write_json(folder / "verified.json", {"status": status, "checks": [asdict(c) for c in checks]})
+    return status
+
+
+def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [r for r in map(json.loads, lines) if r.get("event") == "step"]
+    seconds, used = sum(r["seconds"] for r in steps), memory_now()
+    return {
+        **{key: done.result.get(key) for key in FROM_RESULT},
+        "objective": job.objective.name,
+        "eval_rows": len(job.eval),
+        "train_rows": len(job.train),
+        "steps": done.steps,
+        "trainable_parameters": sum(p.numel() for p in done.trained.values()),
+        "parameters": sum(p.numel() for p in job.model.parameters()),
+        "peak_memory_bytes": used.get("cuda_peak") or used["peak"],
+        "seconds": done.seconds,
+        "tokens_per_s": sum(r["tokens"] for r in steps) / seconds if seconds else 0.0,
+        "adapter": str(folder / "adapter"),
+        "model": job.config.model.name,
+        "notes": job.notes,
+        "sample": sample(job),
+        "unchecked": [f"{c.name}: {c.detail}" for c in done.checks if c.ok is None],
+        "failed": [f"{c.name}: {c.detail}" for c in done.checks if c.ok is False],
+    }
+
+
+FROM_RESULT = (
+    "metric", "before", "after", "intervals", "intervals_before", "gain", "measured_on", "retention", "untuned_prompts",
+    "ood",
+)  # fmt: skip
+
+
+def base_of(job: Job) -> str:
+    """The fingerprint of the base as it was loaded."""
+    return known(job.model, job.adapter).base
+
+
+def environment(job: Job) -> dict[str, Any]:
+    """What a reader needs to reproduce the run: versions, seed, data digests, the commit. No user or host name."""
+    packages = ("deltatune", "torch", "transformers", "safetensors", "tokenizers", "numpy", "datasets")
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": {name: version(name) for name in packages},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(next(job.model.parameters()).dtype).removeprefix("torch."),
+        "seed": job.config.train.seed,
+        "base": base_of(job),
+        "data": {name: digest(rows) for name, rows in (("train", job.train), ("eval", job.eval), *job.ood.items())},
+        "commit": commit(),
+    }
+
+
+def digest(examples: Sequence[Any]) -> dict[str, Any]:
+    """Rows and their sha256, whatever file they came from."""
+    found = hashlib.sha256()
+    for e in examples:
+        found.update(repr((e.turns, e.prompt, e.completion, e.text, e.text_pair, e.label)).encode("utf-8", "replace"))
+    return {"rows": len(examples), "sha256": found.hexdigest()}
+
+
+def commit() -> str | None:
+    """The git commit of the working folder, where there is one."""
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f".{path.name}.tmp")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write(path, json.dumps(plain(value), indent=1, ensure_ascii=False, default=str, allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """What is no JSON number (nan, infinities) as null."""
+    if isinstance(value, Mapping):
+        return {key: plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
