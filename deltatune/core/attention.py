@@ -266,7 +266,8 @@ def _softcapped(
     if mask is not None:
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    exact = torch.promote_types(scores.dtype, torch.float32)  # fp64 stays: its lowest number would be -inf in fp32
+    weights = F.softmax(scores, dim=-1, dtype=exact).to(query.dtype)
     weights = F.dropout(weights, how.get("dropout", 0.0))
     return (weights @ value).transpose(1, 2).contiguous()
 

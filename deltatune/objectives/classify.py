@@ -16,7 +16,7 @@ from ..core.site import head_modules, trunk
 from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
-from .common import load, run
+from .common import exact, load, run
 
 Kind = Literal["auto", "single", "multi", "regression"]
 
@@ -104,11 +104,11 @@ class Classify:
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """(sum over the rows, metrics)."""
-        logits = self.logits(model, batch).float()
+        logits = exact(self.logits(model, batch))
         if self.kind == "regression":
-            return F.mse_loss(logits.squeeze(-1), batch.labels.float(), reduction="sum"), {}
+            return F.mse_loss(logits.squeeze(-1), batch.labels.to(logits.dtype), reduction="sum"), {}
         if self.kind == "multi":
-            each = F.binary_cross_entropy_with_logits(logits, batch.labels.float(), reduction="none")
+            each = F.binary_cross_entropy_with_logits(logits, batch.labels.to(logits.dtype), reduction="none")
             return each.mean(-1).sum(), {}
         hits = float((logits.argmax(-1) == batch.labels).float().mean())
         return F.cross_entropy(logits, batch.labels, reduction="sum"), {"accuracy": hits}

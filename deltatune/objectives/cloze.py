@@ -17,7 +17,7 @@ from ..data.encode import Encoded, Encoding, label_names, target
 from ..data.example import Example
 from ..prompting.template import Filler, Template
 from .classify import spelled
-from .common import kept_logits, language_class, load, needs_words
+from .common import exact, kept_logits, language_class, load, needs_words
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class Cloze:
         assert self.words, "Cloze.bind must come before the first batch"
         keep, place = torch.unique(batch.mask_at, return_inverse=True)
         logits = kept_logits(model, batch, keep)
-        at_gap = logits[torch.arange(len(place), device=place.device), place].float().log_softmax(-1)
+        at_gap = exact(logits[torch.arange(len(place), device=place.device), place]).log_softmax(-1)
         columns = [at_gap[:, list(ids)].mean(-1) for ids in self.words]
         return torch.stack(columns, -1)
 

@@ -103,9 +103,14 @@ def kept_logits(model: nn.Module, batch: Batch, keep: Tensor) -> Tensor:
     return run(model, batch).logits.index_select(1, keep)
 
 
+def exact(logits: Tensor) -> Tensor:
+    """Half-precision logits in fp32; others as they are."""
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Summed cross-entropy in fp32 over labels != -100; metrics: the share of tokens predicted right."""
-    flat, wanted = logits.flatten(0, -2).float(), labels.flatten()
+    """Summed cross-entropy, at least in fp32, over labels != -100; metrics: the share of tokens predicted right."""
+    flat, wanted = exact(logits.flatten(0, -2)), labels.flatten()
     loss = F.cross_entropy(flat, wanted, ignore_index=IGNORE, reduction="sum")
     with torch.no_grad():
         hits = (flat.argmax(-1) == wanted).sum()
