@@ -37,5 +37,5 @@ NO_PEFT_FORM: dict[tuple[str, str], str] = {
 NEVER_PEFT = {
     "lora+ia3": "a peft folder holds one method",
     "mam": "a peft folder holds one method",
-    "prefix+head": "peft does not keep a prefix and a head in one folder that loads with equal logits",
+    "prefix+head": "peft's form of a prefix beside a head is not written yet",
 }

@@ -98,6 +98,25 @@ def test_a_union_that_trains_a_parameter_twice_is_refused_whole():
     assert snapshot(model) == found
 
 
+def test_attention_that_takes_no_prefix_is_refused_and_trained_values_go_back():
+    model = tiny("bert")
+    model.config._attn_implementation_internal = "flex_attention"
+    kept, found = values(model), snapshot(model)
+    with pytest.raises(Refusal, match="attention that this function can stand in for"):
+        attach(model, [Changed(), Prefix(2)])
+    assert snapshot(model) == found
+    assert all(torch.equal(t, values(model)[k]) for k, t in kept.items())
+
+
+class Changed(BitFit):
+    """BitFit that starts away from the base, so that a value left behind would show."""
+
+    def deltas(self, model):
+        for site, delta in super().deltas(model):
+            delta.other = {k: t + 1 for k, t in delta.other.items()}
+            yield site, delta
+
+
 def test_attach_after_sharding_is_refused():
     model = tiny("llama")
     model.lm_head.weight.device_mesh = object()  # what a DTensor parameter carries
@@ -154,6 +173,7 @@ def test_originals_are_never_trainable():
     model = attach(tiny("bert"), BitFit(), "bias")
     attach(model, LoRA(targets=("q",)), "lora")
     trainable(model, "bias")
+    assert not any(p.requires_grad for p in model.parameters())
     activate(model, "lora")
     assert not any(p.requires_grad for p in model.parameters())
     activate(model, "bias")
