@@ -257,23 +257,24 @@ def apply(model: nn.Module, names: tuple[str, ...], by_row: tuple[str | None, ..
             for delta in slot.of(name):
                 if delta.tap:
                     delta.tap.on = name in names
+    held = [
+        (name, model.get_submodule(path), delta)
+        for path, slot in touched.items()
+        for name in slot
+        for delta in slot.of(name)
+        if delta.inplace
+    ]
     # first every in-place delta off, then the chosen on: two may hold the same parameter
     for on in (False, True):
-        for path, slot in touched.items():
-            swap(model.get_submodule(path), slot, () if by_row is not None else names, on)
-    state.active, state.rows = names, by_row
-    for layer, delta in each(model, state.focus) if state.focus else ():
-        if delta.inplace:
+        for name, layer, delta in held:
+            if (by_row is None and name in names) is on:
+                delta.swap(layer, on)
+    for name, layer, delta in held:
+        if name == state.focus:
             for parameter in delta.trained(layer).values():
                 parameter.requires_grad_(delta.on)
+    state.active, state.rows = names, by_row
     sync_attention(model, state)
-
-
-def swap(layer: nn.Module, slot: Slot, names: tuple[str, ...], on: bool) -> None:
-    for name in slot:
-        for delta in slot.of(name):
-            if delta.inplace and (name in names) is on:
-                delta.swap(layer, on)
 
 
 def row_index(by_row: tuple[str | None, ...] | None) -> dict[str, Tensor] | None:
@@ -307,7 +308,7 @@ def check_owners(model: nn.Module, touched: dict[str, Slot], names: tuple[str, .
 
 def sync_attention(model: nn.Module, state: State) -> None:
     """Use our attention function exactly while a prefix is active or batches are packed; the model's own otherwise."""
-    needed = state.packing or any(overrides(d, "attend") for n in state.active for d in deltas(model, n))
+    needed = state.packing or any(slot.attends for slot in slots(model).values())
     if needed and state.attention is None:
         state.attention = attention.use_attention(model)
     elif not needed and state.attention is not None:
