@@ -250,7 +250,7 @@ def test_a_pair_of_texts_has_segments():
         ("no", "yes"),
         Encoding(max_length=5, prompt_ids=(90,)),
     )
-    assert (cut.ids, cut.type_ids) == ((90, 2, 4, 5, 3), (0, 0, 0, 0, 0))
+    assert (cut.ids, cut.type_ids) == ((2, 90, 4, 5, 3), (0, 0, 0, 0, 0))
 
 
 def test_classified_texts_are_cut_on_the_side_that_is_asked_for_and_counted():
@@ -268,3 +268,12 @@ def test_options_are_checked():
         Encoding(truncate="rigth")
     with pytest.raises(ValueError, match="leaves no room"):
         Encoding(max_length=2, prompt_ids=(1, 2))
+
+
+def test_virtual_ids_of_a_classified_text_leave_the_first_token_where_a_head_reads_it():
+    tokenizer = bert_like("a b")
+    plain = classified(Example("f:1", text="a b", label="yes"), tokenizer, ("no", "yes"))
+    row = classified(Example("f:1", text="a b", label="yes"), tokenizer, ("no", "yes"), Encoding(prompt_ids=(90, 91)))
+    assert plain.ids == (2, 4, 5, 3)
+    assert row.ids == (2, 90, 91, 4, 5, 3)
+    assert row.type_ids == (0,) * 6

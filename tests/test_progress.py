@@ -127,3 +127,10 @@ def test_the_observer_fits_the_stream():
     quiet = progress(quiet=True, console=console(terminal=True))
     assert isinstance(quiet, Lines)
     assert quiet.seconds == 60
+
+
+def test_phases_are_said_in_plain_words_after_what_is_to_be_known():
+    for terminal in (False, True):
+        screen = console(terminal=terminal)
+        progress(console=screen).on_phase({"phase": "before", "notes": ["no evaluation rows"]})
+        assert screen.file.getvalue().splitlines() == ["no evaluation rows", "measuring the untuned model ..."]

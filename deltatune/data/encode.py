@@ -201,11 +201,16 @@ class Encoder:
         return ids, offsets
 
     def classified(self, example: Example, names: Sequence[str]) -> Encoded:
-        """A labelled text or pair: the tokenizer's own special tokens around it, no labels but a target."""
+        """A labelled text or pair: the tokenizer's own special tokens around it, no labels but a target.
+
+        Virtual ids stand after the leading special tokens: an encoder's head reads the first token, which stays [CLS].
+        """
         found, front = self.around(example), tuple(self.options.prompt_ids)
-        types = found.get("token_type_ids")
+        ids, types = tuple(found["input_ids"]), found.get("token_type_ids")
+        special = set(self.tokenizer.all_special_ids)
+        lead = next((k for k, i in enumerate(ids) if i not in special), 0) if front else 0
         return Encoded(
-            front + tuple(found["input_ids"]),
+            ids[:lead] + front + ids[lead:],
             None,
             target(example.label, names, example.where),
             (0,) * len(front) + tuple(types) if types is not None else None,

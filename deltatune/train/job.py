@@ -18,7 +18,7 @@ from ..core.attach import activate, attach, attached, known, packing, trainable
 from ..core.store import virtual_ids
 from ..data import formats
 from ..data.batch import Batch, Batching, pack, pad, plan
-from ..data.encode import Encoded, Encoding
+from ..data.encode import Encoded, Encoding, encoder
 from ..data.example import Example
 from ..data.problems import BadRow, Problems
 from ..evaluate.incontext import Prompt
@@ -235,6 +235,11 @@ def settle(job: Job) -> Job:
         prompt_ids=virtual_ids(job.model, job.adapter),
     )
     job.rows = job.encode(job.train)
+    if not job.objective.task_head and job.objective.name == "sft":
+        coder = encoder(job.tokenizer, job.encoding)
+        job.notes += coder.notes
+        if coder.truncated:
+            job.notes.append(f"{coder.truncated} rows are cut to max_length, {coder.lost_tokens} tokens are lost")
     for rows in (job.eval, *job.ood.values()):
         job.encode(rows)  # a row that cannot be measured is better known now than after hours
     job.recompute = recomputes(job)

@@ -131,6 +131,21 @@ def measured(record: Record) -> str:
     return f"step {record.get('step', '?')}  eval  {values}"
 
 
+PHASES = {
+    "prepare": "reading the data and the model",
+    "before": "measuring the untuned model",
+    "train": "training",
+    "save": "saving the adapter and checking it",
+    "after": "measuring the tuned model",
+}
+
+
+def phase(record: Record) -> list[str]:
+    """A new phase in plain words, after what is to be known about it."""
+    name = str(record["phase"])
+    return [*map(str, record.get("notes") or ()), f"{PHASES.get(name, name)} ..."]
+
+
 def ending(record: Record) -> str:
     """The end of a run on one line."""
     error = f": {plain(str(record['error']))}" if record.get("error") else ""
@@ -153,6 +168,11 @@ class Lines:
     def line(self, text: str) -> None:
         """Write one line, as it is."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def on_phase(self, record: Record) -> None:
+        """The run comes to another phase."""
+        for text in phase(record):
+            self.line(plain(text))
 
     def on_start(self, record: Record) -> None:
         """The run begins."""
@@ -198,6 +218,11 @@ class Bar:
     def say(self, text: str) -> None:
         """A line that stays above the bar."""
         self.bar.console.print(text, markup=False, highlight=False)
+
+    def on_phase(self, record: Record) -> None:
+        """The run comes to another phase."""
+        for text in phase(record):
+            self.say(plain(text))
 
     def on_start(self, record: Record) -> None:
         """The run begins."""
