@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from counts import count
 from deltatune.core import peft_format
 from deltatune.core.attach import activate, attach, detach, disabled, merge, parameters, rows, trainable
 from deltatune.core.delta import SLOT, Refusal
@@ -65,6 +66,15 @@ class Cell:
     @property
     def task(self) -> str:
         return "classify" if self.variant in CLASSIFIERS else "lm"
+
+    @property
+    def parts(self) -> list[dict[str, dict[str, Any]]]:
+        return VARIANTS[self.variant]
+
+    @property
+    def original(self) -> Any:
+        """The family's tiny model itself: look, do not touch."""
+        return original(self.family, self.task)
 
     @property
     def base(self) -> Any:
@@ -440,79 +450,6 @@ PROMISES: dict[str, Callable[[Cell], None]] = {
         peft_agrees,
     )
 }  # fmt: skip
-
-
-# ---- counting, from the shapes alone ---------------------------------------------------------------------------------
-GATED = ("llama", "qwen", "mistral", "gemma")
-
-
-def count(cell: Cell) -> int:
-    """Parameters of a variant by the papers' formulas: d = 32, f = 48, 2 blocks (2 + 2 in encoder-decoders)."""
-    return sum(COUNTS[name](cell, fields) for part in VARIANTS[cell.variant] for name, fields in part.items())
-
-
-def shape(cell: Cell) -> tuple[int, int, int, dict[str, tuple[tuple[int, int], ...]]]:
-    """(attention layers, feed-forward layers, key-value width, role -> (d_in, d_out) of its layers)."""
-    family = FAMILIES[cell.family]
-    attention, ffn = (6, 4) if family.kind == "seq2seq" else (2, 2)
-    kv = 16 if family.gqa else 32
-    up = ((32, 48), (32, 48)) if cell.family in GATED else ((32, 96 if cell.family in ("phi3", "modernbert") else 48),)
-    shapes = {"q": ((32, 32),), "k": ((32, kv),), "v": ((32, kv),), "o": ((32, 32),), "up": up, "down": ((48, 32),)}
-    return attention, ffn, kv, shapes
-
-
-def count_lora(cell: Cell, fields: dict[str, Any]) -> int:
-    attention, ffn, _, shapes = shape(cell)
-    if FAMILIES[cell.family].fused and "targets" not in fields:  # "all" takes a fused projection as one layer
-        shapes = {"o": shapes["o"], "up": shapes["up"], "down": shapes["down"]}
-        shapes["qkv"] = ((32, 32 + 2 * shape(cell)[2]),)
-    roles = fields.get("targets", shapes)
-    layers = {role: ffn if role in ("up", "down") else attention for role in shapes}
-    return sum(layers[role] * fields["r"] * (i + o) for role in roles for i, o in shapes[role])
-
-
-def count_adapter(cell: Cell, fields: dict[str, Any]) -> int:
-    attention, ffn, _, _ = shape(cell)
-    places = {"attention": attention, "ffn": ffn}
-    m = fields["bottleneck"]
-    return sum(places[w] * (2 * 32 * m + m + 32) for w in fields.get("where", places))
-
-
-def count_named(chosen: Callable[[str, Cell], bool]) -> Callable[[Cell, dict], int]:
-    def total(cell: Cell, fields: dict[str, Any]) -> int:
-        return sum(p.numel() for n, p in original(cell.family, cell.task).named_parameters() if chosen(n, cell))
-
-    return total
-
-
-HEADS = ("score", "classifier", "pre_classifier", "classification_head", "head", "lm_head", "cls", "decoder",
-         "vocab_transform", "vocab_layer_norm", "vocab_projector", "generator_predictions",
-         "generator_lm_head")  # fmt: skip
-
-
-def in_head(name: str, cell: Cell) -> bool:
-    return name.split(".")[0] in HEADS and not (cell.family == "t5" and name.startswith("decoder"))
-
-
-def in_last_block(name: str, cell: Cell) -> bool:
-    seq2seq = FAMILIES[cell.family].kind == "seq2seq"
-    return any(f".{w}.1." in name.replace("decoder.block", "x.block") for w in ("layers", "h", "block", "layer")) and (
-        not seq2seq or "decoder" in name
-    ) and not (cell.family == "t5" and "block.1." not in name)  # fmt: skip
-
-
-COUNTS: dict[str, Callable[[Cell, dict], int]] = {
-    "lora": count_lora,
-    "ia3": lambda c, _: shape(c)[0] * 2 * shape(c)[2] + shape(c)[1] * 48,
-    "adapter": count_adapter,
-    "prefix": lambda c, f: shape(c)[0] * 2 * shape(c)[2] * f["length"],
-    "prompt": lambda c, f: 32 * f["length"],
-    "tokens": lambda c, f: 32 * len(f["ids"]) * (1 if c.base.config.tie_word_embeddings else 2),
-    "bitfit": count_named(lambda n, c: n.endswith("bias") and not in_head(n, c)),
-    "freeze": count_named(in_last_block),
-    "full": count_named(lambda n, c: True),
-    "head": count_named(in_head),
-}
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
