@@ -9,12 +9,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "deltatune.core.attach": ("attach", "detach", "activate", "disabled", "rows", "merge"),
-    "deltatune.core.store": ("save", "load"),
+    "deltatune.core.attach": ("attach", "detach", "activate", "disabled", "rows", "merge", "trainable"),
+    "deltatune.core.store": ("save", "load", "virtual_ids", "add_tokens"),
     "deltatune.objectives": ("SFT", "Classify", "Cloze"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
-_METHODS = ("LoRA", "IA3", "Adapter", "Prefix", "Prompt", "BitFit", "Freeze", "Full", "NewTokens")
+_METHODS = ("LoRA", "IA3", "Adapter", "Prefix", "Prompt", "BitFit", "Freeze", "Full", "Head", "NewTokens")
 
 __all__ = [*_HOME, *_METHODS, "train"]
 
