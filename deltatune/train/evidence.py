@@ -48,15 +48,19 @@ def before(job: Job, path: Path) -> Before:
     return found
 
 
-def general(job: Job) -> dict[str, Any] | None:
-    """How well the model reads general text now; None when the user turned it off, a note when there is no text."""
+def general(job: Job, compare: bool = False) -> dict[str, Any] | None:
+    """How well the model reads general text now; None when the user turned it off, a note when there is no text.
+
+    compare: the KL to the base too, which takes a second forward pass. A model without a language head has nothing else.
+    """
     if not job.config.eval.retention:
         return None
     try:
         texts = kept.default_texts()
     except (ValueError, OSError) as error:
         return {"error": f"general text could not be had: {error}"}
-    return kept.retention(job.model, job.tokenizer, texts, base=lambda: disabled(job.model))
+    base = (lambda: disabled(job.model)) if compare or kept.kind_of(job.model) == "drift" else None
+    return kept.retention(job.model, job.tokenizer, texts, base=base)
 
 
 def after(job: Job, first: Before) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def after(job: Job, first: Before) -> dict[str, Any]:
         "measured_on": "eval" if job.eval else "train",
         "untuned_prompts": first.prompts,
         "generated_tokens_per_s": now.tokens_per_s,
-        "retention": forgotten(first.retention, lambda: general(job)),
+        "retention": forgotten(first.retention, lambda: general(job, compare=True)),
     }
     if job.ood:
 
