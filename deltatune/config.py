@@ -107,6 +107,8 @@ class Data(Section):
     """Row format; auto looks at the columns."""
     columns: Annotated[Any, AfterValidator(renamed), Field(json_schema_extra={"type": ["object", "array"]})] = ()
     """{your column: the known name}; a list names the columns of a csv without a header."""
+    streaming: bool = False
+    """Read training rows as they are needed, for files too large to hold (sft; needs train.steps)."""
     packing: Switch = "auto"
     """Several rows in one sequence, without attention between them."""
 

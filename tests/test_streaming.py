@@ -79,3 +79,47 @@ def test_no_rows(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="the file is empty"):
         flow(tmp_path / "empty.jsonl", BATCHINGS[0])(0)
+
+
+def test_a_streamed_run_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    """Interrupted at step 3 and resumed, a run over a stream ends as the uninterrupted one."""
+    import torch
+    from safetensors.torch import load_file
+
+    import tiny_run
+    from deltatune.train.run import resume, run
+
+    model, rows = tiny_run.chat_model(tmp_path / "model"), tiny_run.chat_rows(tmp_path / "rows.jsonl", 30)
+    config = tiny_run.config(model, rows, data={"train": rows, "streaming": True})
+    whole = run(config, out=tmp_path / "whole")
+
+    class Halt:
+        def on_start(self, record): ...
+        def on_eval(self, record): ...
+        def on_end(self, record): ...
+        def on_step(self, record):
+            if record["step"] == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, out=tmp_path / "cut", observers=[Halt()])
+    again = resume(tmp_path / "cut")
+    assert (whole.status, again.status) == ("done", "done")
+    first, second = (load_file(r.dir / "adapter" / "adapter_model.safetensors") for r in (whole, again))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize(
+    ("over", "says"),
+    [
+        ({"train": {"steps": None, "epochs": 1}}, "train.steps"),
+        ({"objective": "classify"}, "for sft"),
+    ],
+)
+def test_what_a_stream_cannot_do(tmp_path: Path, over: dict, says: str) -> None:
+    import tiny_run
+    from deltatune.train.job import prepare
+
+    rows = tiny_run.chat_rows(tmp_path / "rows.jsonl", 4)
+    with pytest.raises(ValueError, match=says):
+        prepare(tiny_run.config(tmp_path, rows, data={"train": rows, "streaming": True}, **over))

@@ -77,4 +77,5 @@ def config(model: Path, rows: str, held: str = "", **over: Any) -> Config:
     for key, value in over.items():
         mapping = isinstance(value, dict) and isinstance(sections.get(key), dict)
         sections[key] = {**sections[key], **value} if mapping else value
-    return Config(model=str(model), data={"train": rows, **({"eval": held} if held else {})}, **sections)
+    data = {"train": rows, **({"eval": held} if held else {}), **sections.pop("data", {})}
+    return Config(model=str(model), data=data, **sections)

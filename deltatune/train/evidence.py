@@ -51,7 +51,7 @@ def before(job: Job, path: Path) -> Before:
 def general(job: Job, compare: bool = False) -> dict[str, Any] | None:
     """How well the model reads general text now; None when the user turned it off, a note when there is no text.
 
-    compare: the KL to the base too, which takes a second forward pass. A model without a language head has nothing else.
+    compare: the KL to the base too, a second forward pass. A model without a language head has nothing else.
     """
     if not job.config.eval.retention:
         return None

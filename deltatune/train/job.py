@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from ..data.batch import Batch, Batching, pack, pad, plan
 from ..data.encode import Encoded, Encoding, encoder
 from ..data.example import Example
 from ..data.problems import BadRow, Problems
+from ..data.sources import files
+from ..data.stream import Order, stream
 from ..evaluate.incontext import Prompt
 from ..methods import build as build_methods
 from ..methods.freeze import Head
@@ -29,8 +32,10 @@ from ..objectives.common import kind_of
 from ..zoo import model_path
 from . import memory
 from .sampler import Sampler
+from .streaming import Flow, Source
 
 ADAPTER = "default"
+PEEK = 256  # rows of a stream that the checks see
 SAMPLE = 64  # training rows that a run without evaluation rows is measured on
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
@@ -81,7 +86,11 @@ class Job:
         t, packs = self.config.train, self.packs and self.config.train.batch_tokens is not None
         return Batching(t.batch_tokens, t.batch_rows, packing=packs, group=not packs)
 
-    def sampler(self) -> Sampler:
+    def sampler(self) -> Sampler | Flow:
+        if self.config.data.streaming:
+            data, t = self.config.data, self.config.train
+            format = None if data.format == "auto" else data.format
+            return Flow(Source(streamed(data.train), self.encode, format, t.seed), self.batching(), t.accumulate)
         lengths = [max(len(r.ids), len(r.labels or ())) for r in self.rows]
         batching, seed = self.batching(), self.config.train.seed
         return Sampler(lambda epoch: plan(lengths, batching, seed, epoch), self.config.train.accumulate)
@@ -91,11 +100,18 @@ class Job:
         packs = self.batching().packing if packs is None else packs
         return (pack(rows) if packs else pad(rows, self.pad_id)).to(self.device)
 
-    def steps(self, sampler: Sampler) -> int:
+    def batches(self, sampler: Sampler | Flow) -> Callable[[int], list[Batch]]:
+        """step -> its micro-batches as tensors."""
+        if isinstance(sampler, Flow):
+            return lambda step: [self.batch(rows) for rows in sampler(step)]
+        return lambda step: [self.batch([self.rows[i] for i in group]) for group in sampler(step)]
+
+    def steps(self, sampler: Sampler | Flow) -> int:
         """Optimizer steps of the whole run; part of an epoch counts in proportion."""
         t = self.config.train
         if t.steps is not None:
             return t.steps
+        assert isinstance(sampler, Sampler), "check_supported demands train.steps of a stream"
         whole, part = divmod(t.epochs or 1.0, 1.0)
         done = sampler.steps(int(whole))
         return done + (math.ceil(part * (sampler.steps(int(whole) + 1) - done)) if part else 0)
@@ -132,7 +148,7 @@ class Job:
 # ---- preparing -------------------------------------------------------------------------------------------------------
 def read_sets(config: Config, notes: list[str]) -> tuple[list[Example], list[Example], dict[str, list[Example]]]:
     """(train, eval, ood) rows; one ValueError with every row that cannot be used."""
-    train = read(config.data.train, config, notes)
+    train = peeked(config, notes) if config.data.streaming else read(config.data.train, config, notes)
     if not train:
         raise ValueError(f"{', '.join(config.data.train)}: no rows to train on")
     held = measured("eval", read(config.data.eval, config, notes), config, notes)
@@ -142,6 +158,22 @@ def read_sets(config: Config, notes: list[str]) -> tuple[list[Example], list[Exa
         notes.append(f"no evaluation rows: before and after are the loss on at most {SAMPLE} of the TRAINING rows")
     ood = {name: read(refs, config, notes) for name, refs in config.data.ood.items()}
     return train, held, {name: measured(f"ood {name}", rows, config, notes) for name, rows in ood.items()}
+
+
+def peeked(config: Config, notes: list[str]) -> list[Example]:
+    """The first rows of a stream: what the checks before step 1 look at."""
+    problems, format = Problems(), None if config.data.format == "auto" else config.data.format
+    rows = stream(streamed(config.data.train), problems, Order(shuffle=False), format=format)
+    found = [sample.example for sample in islice(rows, PEEK)]
+    problems.refuse()
+    notes.append(f"training rows are streamed: the checks before step 1 saw the first {len(found)}")
+    return found
+
+
+def streamed(refs: Sequence[str]) -> tuple[str, ...]:
+    """The local files behind the references."""
+    problems = Problems()
+    return tuple(str(path) for ref in refs for path in files(ref, problems))
 
 
 def measured(name: str, rows: list[Example], config: Config, notes: list[str]) -> list[Example]:
@@ -313,6 +345,10 @@ def check_supported(config: Config) -> None:
     """ValueError for keys that this version, or this combination, cannot honour."""
     t, asked = config.train, {config.model.dtype, config.train.precision} - {"auto"}
     faults = {
+        "data.streaming needs train.steps: how long an epoch is shows only at its end": config.data.streaming
+        and t.steps is None,
+        "data.streaming is for sft on local files, with their own column names": config.data.streaming
+        and (config.goal[0] != "sft" or bool(config.data.columns) or any(r == "-" for r in config.data.train)),
         "train.compile: on is not in this version; leave it auto (which runs without)": t.compile == "on",
         "train.patience counts evaluations: give train.eval_every too": t.patience and not t.eval_every,
         "train.eval_every needs rows to evaluate: give data.eval": t.eval_every and not config.data.eval,

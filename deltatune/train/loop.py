@@ -18,7 +18,6 @@ from deltatune.train.step import Step
 if TYPE_CHECKING:
     from deltatune.data.batch import Batch
     from deltatune.train.checkpoint import Store
-    from deltatune.train.sampler import Sampler
 
 __all__ = ["Loop", "Observer", "Outcome", "Progress", "Settings", "Step"]
 
@@ -37,7 +36,7 @@ class Loop:
     settings: Settings
     evaluate: Callable[[], Mapping[str, float]] | None = None
     store: Store | None = None
-    sampler: Sampler | None = None  # its cursor goes into the checkpoint
+    sampler: Any = None  # Sampler or Flow: its cursor goes into the checkpoint
     observers: Sequence[Observer] = ()
     conditional: Sequence[str] = ()
     progress: Progress = field(default_factory=Progress, init=False)

@@ -243,7 +243,7 @@ def make_loop(job: Job, store: Store, observers: Sequence[Any]) -> Loop:
     return Loop(
         Step(job.model, job.objective),
         job.trainable(),
-        lambda step: [job.batch([job.rows[i] for i in group]) for group in sampler(step)],
+        job.batches(sampler),
         settings,
         evaluate=lambda: finite(score(job, job.eval, predicts=job.objective.name != "sft").numbers),
         store=store,
