@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -41,7 +41,8 @@ class ConfigError(ValueError):
 class Loader(yaml.SafeLoader):
     """YAML 1.2 core values: `3e-4` is a number, `on`, `no` and `2024-01-01` are words."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+Loader.yaml_implicit_resolvers = {}
 
 
 for tag, pattern, first in (
@@ -151,7 +152,7 @@ class Walk:
             raise yaml.MarkedYAMLError(problem="nested too deeply or repeats itself", problem_mark=node.start_mark)
         if spot:
             self.lines.setdefault(spot, self.at(node))
-        kind = {yaml.MappingNode: "map", yaml.SequenceNode: "seq"}.get(type(node))
+        kind = "map" if isinstance(node, yaml.MappingNode) else "seq" if isinstance(node, yaml.SequenceNode) else ""
         if kind and node.tag != f"tag:yaml.org,2002:{kind}":
             raise yaml.MarkedYAMLError(problem=f"the tag {node.tag} is not allowed", problem_mark=node.start_mark)
         if isinstance(node, yaml.MappingNode):

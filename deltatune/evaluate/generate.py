@@ -383,7 +383,7 @@ def shared(model: Any, rows: Sequence[Sequence[int]]) -> int:
     if len(rows) < 2 or window is not None or (state is not None and state.rows is not None):
         return 0
     most = min(map(len, rows)) - 1  # every row keeps a token of its own to start from
-    first, last = min(rows), max(rows)
+    first, last = min(map(tuple, rows)), max(map(tuple, rows))
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
     return min(same, most) if min(same, most) >= SHARED else 0
 
