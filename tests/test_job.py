@@ -1,0 +1,68 @@
+"""A job settles what was left open: lengths, recomputation, memory; and restores the model it was lent."""
+
+import pytest
+import torch
+
+import tiny_run as t
+from deltatune.train import memory
+from deltatune.train.job import in_training, prepare
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("made")
+    t.chat_model(folder / "model")
+    t.chat_rows(folder / "rows.jsonl", 8)
+    return folder
+
+
+def job(made, **over):
+    return prepare(t.config(made / "model", str(made / "rows.jsonl"), **over))
+
+
+def test_rows_never_outgrow_the_models_positions(made):
+    assert job(made, train={"max_length": 4096}).encoding.max_length == 512
+    assert job(made, train={"max_length": 100}).encoding.max_length == 100
+    moved = job(made, train={"max_length": 4096}, method={"prefix": {"length": 12}})
+    assert moved.encoding.max_length == 500  # real tokens stand after the prefix
+
+
+def test_activations_are_recomputed_when_memory_would_not_do(made, monkeypatch):
+    assert job(made).recompute is False
+    monkeypatch.setattr(memory, "free", lambda: 1)
+    tight = job(made)
+    assert tight.recompute is True
+    assert tight.config.train.checkpoint_gradients == "on"  # a resumed run does the same
+    assert any("gradient checkpointing is on" in note for note in tight.notes)
+    assert job(made, train={"checkpoint_gradients": "off"}).recompute is False
+
+
+def test_recomputation_lowers_the_prediction(made):
+    one = job(made)
+    parts = memory.estimate(one, one.trainable())
+    assert parts["total"] == sum(v for k, v in parts.items() if k != "total")
+    assert parts["weights"] == 4 * sum(p.numel() for n, p in one.model.named_parameters() if "delta_slot" not in n)
+    one.recompute = True
+    assert memory.estimate(one, one.trainable())["activations"] < parts["activations"]
+
+
+def test_the_model_is_given_back_as_it_was(made):
+    one = job(made, train={"checkpoint_gradients": "on", "deterministic": True})
+    before = one.model.config._attn_implementation
+    with in_training(one):
+        one.model.train()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert one.model.config._attn_implementation != before  # packed batches need ours
+        assert any(getattr(m, "gradient_checkpointing", False) for m in one.model.modules())
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert one.model.config._attn_implementation == before
+    assert not one.model.training
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in one.model.modules())
+
+
+def test_steps_count_parts_of_an_epoch(made):
+    def steps(epochs):
+        one = job(made, train={"steps": None, "epochs": epochs, "batch_rows": 2, "batch_tokens": None})
+        return one.steps(one.sampler())
+
+    assert [steps(e) for e in (1.0, 2.0, 0.5, 1.25)] == [4, 8, 2, 5]

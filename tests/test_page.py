@@ -1,0 +1,63 @@
+"""The end screen and report.md hold together for every kind of result."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from deltatune.config import Config
+from deltatune.report import page
+from deltatune.train.folder import Run
+from deltatune.train.verify import Check
+
+SUMMARY = {
+    "metric": "accuracy", "before": {"loss": 2.0, "accuracy": 0.5}, "after": {"loss": 1.0, "accuracy": 0.75},
+    "intervals": {"accuracy": [0.6, 0.9]}, "intervals_before": {"accuracy": [0.4, 0.6]},
+    "gain": {"accuracy": [0.25, 0.1, 0.4]}, "measured_on": "eval", "retention": {}, "untuned_prompts": {},
+    "ood": {"far": {"loss": 3.0, "gap": {"loss": 2.0}}}, "objective": "sft", "trainable_parameters": 5,
+    "parameters": 100, "steps": 3, "train_rows": 7, "peak_memory_bytes": 2**30, "seconds": {"train": 2.0},
+    "tokens_per_s": 10.0, "adapter": "runs/a/adapter", "notes": ["a note"], "sample": "x >>y```<<",
+    "unchecked": ["merge: why"], "failed": [],
+}  # fmt: skip
+
+
+def shown(change: dict, status: str = "done") -> str:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(Run(Path("runs/a"), status, SUMMARY | change).screen())
+    console.file.close()
+    return console.export_text()
+
+
+def test_before_and_after_stand_side_by_side():
+    text = shown({})
+    line = next(line for line in text.splitlines() if "accuracy" in line and "gain" not in line)
+    assert line.split()[1:-1] == ["accuracy", "0.500", "[0.400,", "0.600]", "0.750", "[0.600,", "0.900]"]
+    for part in ("gain: accuracy 0.250 [0.100, 0.400]", "far: loss 3.000", "(5.00%)", "verified", "- merge: why"):
+        assert part in text
+    assert "deltatune chat" in text
+
+
+def test_numbers_that_are_missing_are_a_dash_and_failures_are_told():
+    text = shown({"before": {"loss": None}, "gain": {}, "failed": ["base: changed"]}, "unverified")
+    assert "unverified" in text
+    assert "! base: changed" in text
+    assert "- [0.400" in text
+
+
+def test_other_objectives_and_no_evaluation_rows():
+    text = shown({"objective": "classify", "measured_on": "train"})
+    assert "deltatune chat" not in text
+    assert "deltatune runs" in text
+    assert "as there are no evaluation rows" in text
+
+
+def test_an_interrupted_run_says_how_to_go_on():
+    console = Console(width=100, record=True)
+    console.print(Run(Path("runs/a"), "interrupted", {"step": 4}).screen())
+    assert "interrupted at step 4: deltatune resume runs/a" in console.export_text()
+
+
+def test_the_report_shows_the_sample_whatever_it_holds():
+    text = page.markdown(Config(model="m", data="d"), SUMMARY, [Check("base", True, "as before")])
+    assert "````text\nx >>y```<<\n````" in text
+    assert "| base | yes | as before |" in text
+    assert "- a note" in text
