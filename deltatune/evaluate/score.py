@@ -62,6 +62,7 @@ def metrics_for(job: Job, examples: Sequence[Example]) -> tuple[str, ...]:
     return tuple(job.config.eval.metrics) or for_task(job.objective, examples)
 
 
+@torch.no_grad()
 def mean_loss(job: Job, rows: Sequence[Encoded]) -> float:
     """Mean over all targets, the same whatever the batches."""
     total, targets = 0.0, 0

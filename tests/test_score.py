@@ -1,0 +1,41 @@
+"""Scores: the loss is the same however rows are batched, perplexity comes from it, predictions keep their order."""
+
+import math
+
+import pytest
+
+import tiny_run as t
+from deltatune.data.batch import pad
+from deltatune.evaluate import score as room
+from deltatune.evaluate.score import Scored, gain, intervals, mean_loss, score
+from deltatune.train.job import prepare
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    d = tmp_path_factory.mktemp("made")
+    return prepare(
+        t.config(t.chat_model(d / "model"), t.chat_rows(d / "rows.jsonl", 8), t.chat_rows(d / "e.jsonl", 6, 1))
+    )
+
+
+def test_the_loss_does_not_depend_on_batches(job, monkeypatch):
+    rows = job.encode(job.eval)
+    sums = [float(job.objective.loss(job.model, pad([row], 0))[0].detach()) for row in rows]
+    wanted = sum(sums) / sum(row.targets for row in rows)
+    for room_ in (1, 64, 4096):
+        monkeypatch.setattr(room, "BATCH_TOKENS", room_)
+        assert mean_loss(job, rows) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_perplexity_beside_metrics_of_predictions(job):
+    found = score(job, job.eval, ("perplexity", "exact_match"))
+    assert found.metrics["perplexity"] == pytest.approx(math.exp(found.loss))
+    assert list(found.metrics) == ["exact_match", "perplexity"]
+    assert len(found.predictions) == len(found.references) == 6
+    assert intervals(found).keys() == gain(found, found).keys() == {"exact_match"}
+    assert score(job, job.eval, predicts=False).predictions == []
+
+
+def test_numbers_json_cannot_hold_are_none():
+    assert Scored(float("nan"), {"perplexity": math.inf}, [], []).numbers == {"loss": None, "perplexity": None}
