@@ -346,3 +346,18 @@ REFUSED = [
 def test_refusals(llama, call, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         call(llama)
+
+
+def test_a_soft_prompt_steers_by_itself_and_not_when_it_is_off() -> None:
+    from deltatune import Prompt, attach, disabled, virtual_ids
+
+    model = tiny("llama")
+    base = answers(model, TOK, PROMPTS, SHORT).texts
+    attach(model, Prompt(length=4, init="uniform"))
+    steered = answers(model, TOK, PROMPTS, SHORT).texts
+    ids = virtual_ids(model)
+    assert steered == answers(model, TOK, PROMPTS, replace(SHORT, prompt_ids=ids)).texts != base
+    assert answers(model, TOK, PROMPTS, replace(SHORT, prompt_ids=())).texts == base
+    assert "".join(stream(model, TOK, PROMPTS[0], SHORT)) == steered[0]
+    with disabled(model):
+        assert answers(model, TOK, PROMPTS, SHORT).texts == base

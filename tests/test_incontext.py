@@ -193,6 +193,21 @@ def test_the_evaluation_rows_choose_nothing() -> None:
     assert (len(got["predictions"]), got["references"]) == (30, [e.label for e in rows])
 
 
+def test_ties_are_decided_by_the_finer_metric() -> None:
+    """A task the model cannot do at all: every prompt is right on no row, one of them is closer."""
+    model, rows = tiny("llama"), [Example(f"e:{i}", text="a b", label=None, completion="zzzz") for i in range(6)]
+    prompts = [Prompt("first", "{prompt}x", chat=False), Prompt("second", "{prompt}y", chat=False)]
+    rows = [replace(e, prompt=f"q{i}") for i, e in enumerate(rows)]
+    said = {p.name: predict(model, PLAIN, p, rows, (), Decoding(max_new_tokens=6)) for p in prompts}
+    rows = [replace(e, completion=text + "#") for e, text in zip(rows, said["second"], strict=True)]
+    search = Search("exact_match", ("chrf",), held_out=3, decoding=Decoding(max_new_tokens=6))
+    got = best_untuned(model, PLAIN, rows, rows, prompts, search)
+    assert set(got["held_out"].values()) == {0.0}
+    assert got["ties"]["second"] > got["ties"]["first"]
+    assert got["prompt"] == "second"
+    assert best_untuned(model, PLAIN, rows, rows, prompts, replace(search, ties=()))["prompt"] == "first"
+
+
 def test_demonstrations_never_include_the_rows_they_are_chosen_on() -> None:
     from deltatune.evaluate.incontext import _held_out
 

@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.state import STATE, State
+from ..core.store import virtual_ids
+
 
 @dataclass(frozen=True)
 class Decoding:
     """How text is generated: greedy at temperature 0, else sampled from a private generator of `seed`.
 
     batch_tokens: rows x (longest prompt + max_new_tokens) of one batch stays below it. stop: strings that end an answer
-    and are cut off. prompt_ids: virtual ids (soft prompts) put before every prompt of a decoder, or of an encoder.
+    and are cut off. prompt_ids: virtual ids put before every prompt of a decoder, or of an encoder; None: those of the
+    active adapters' soft prompts.
     top_k 0 and top_p 1 mean off; repetition_penalty sees real tokens only, never padding or virtual ids.
     """
 
@@ -30,7 +34,7 @@ class Decoding:
     seed: int = 0
     batch_tokens: int = 8192
     stop: tuple[str, ...] = ()
-    prompt_ids: tuple[int, ...] = ()
+    prompt_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         wrong = {
@@ -83,7 +87,8 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[Any], settings: Decodi
     settings = settings or Decoding()
     can_generate(model)
     seq2seq = bool(model.config.is_encoder_decoder)
-    rows = [_steered(ids_of(tokenizer, prompt, seq2seq), settings.prompt_ids) for prompt in prompts]
+    soft = soft_prompt(model, settings)
+    rows = [_steered(ids_of(tokenizer, prompt, seq2seq), soft) for prompt in prompts]
     fits(rows, model, settings.max_new_tokens)
     found: list[list[int]] = [[] for _ in rows]
     start = time.perf_counter()
@@ -136,6 +141,14 @@ def open_ids(tokenizer: Any, text: str, seq2seq: bool = False, special: bool = T
 def _chat(tokenizer: Any, turns: Sequence[Any], tools: Any, seq2seq: bool) -> list[int]:
     text = chat_text(tokenizer, turns, tools)
     return list(tokenizer(text, add_special_tokens=seq2seq)["input_ids"])
+
+
+def soft_prompt(model: Any, settings: Decoding) -> tuple[int, ...]:
+    """The virtual ids every prompt begins with; rows on different adapters carry their own."""
+    state: State | None = getattr(model, STATE, None)
+    if settings.prompt_ids is not None or state is None or state.rows is not None:
+        return settings.prompt_ids or ()
+    return tuple(i for name in state.active for i in virtual_ids(model, name))
 
 
 def _steered(ids: list[int], prompt_ids: tuple[int, ...]) -> list[int]:
@@ -379,7 +392,7 @@ def shared(model: Any, rows: Sequence[Sequence[int]]) -> int:
     rows on different adapters do not share a cache.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
-    state = getattr(model, "deltatune_state", None)
+    state: State | None = getattr(model, STATE, None)
     if len(rows) < 2 or window is not None or (state is not None and state.rows is not None):
         return 0
     most = min(map(len, rows)) - 1  # every row keeps a token of its own to start from
@@ -426,7 +439,7 @@ def stream(model: Any, tokenizer: Any, messages: Sequence[Any], settings: Decodi
     can_generate(model)
     if model.config.is_encoder_decoder or settings.beams > 1:
         raise ValueError("stream() makes one token after the other: causal models without beams; use generate()")
-    rows = [_steered(ids_of(tokenizer, messages), settings.prompt_ids)]
+    rows = [_steered(ids_of(tokenizer, messages), soft_prompt(model, settings))]
     fits(rows, model, settings.max_new_tokens)
     return _pieces(tokenizer, _tokens(model, tokenizer, rows[0], settings), settings.stop)
 

@@ -71,9 +71,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Search:
-    """How the best prompt is found: by `metric` on `held_out` training rows drawn by `seed`; `decoding` for answers."""
+    """How the best prompt is found: by `metric` on `held_out` training rows drawn by `seed`; `decoding` for answers.
+
+    `ties`: metrics that decide between prompts equal in `metric` (a task the model cannot do at all makes all equal).
+    """
 
     metric: str
+    ties: tuple[str, ...] = ()
     held_out: int = 64
     seed: int = 0
     decoding: Decoding = field(default_factory=Decoding)
@@ -346,23 +350,32 @@ def best_untuned(
     "references"}. The evaluation rows choose nothing: the honest baseline is the best untuned prompt that could have
     been known. A prompt that does not fit the model is skipped with the reason; ValueError if none is left.
     """
-    metric = find(search.metric)
     asked, rest = _held_out(train, search)
     held: dict[str, float | None] = {}
+    ranks: dict[str, tuple[float, ...]] = {}
     skipped: dict[str, str] = {}
     for prompt in prompts:
         try:
-            held[prompt.name] = _scored(model, tokenizer, prompt, (asked, rest), search)[0]
+            held[prompt.name], said, wanted = _scored(model, tokenizer, prompt, (asked, rest), search)
         except ValueError as error:
             held[prompt.name], skipped[prompt.name] = None, str(error)
-    usable = {name: value for name, value in held.items() if value is not None and not math.isnan(value)}
+        else:
+            ranks[prompt.name] = _rank(said, wanted, search)
+    usable = {name: rank for name, rank in ranks.items() if not math.isnan(rank[0])}
     if not usable:
         raise ValueError(f"no prompt could be measured: {skipped or 'there is none'}")
-    best = (max if metric.higher_is_better else min)(usable, key=lambda name: usable[name])
+    best = max(usable, key=lambda name: usable[name])
     prompt = next(p for p in prompts if p.name == best)
     score, said, wanted = _scored(model, tokenizer, prompt, (rows, rest), search)
-    found = {"prompt": best, search.metric: score, "held_out": held, "skipped": skipped}
+    ties = {name: list(rank[1:]) for name, rank in ranks.items()}
+    found = {"prompt": best, search.metric: score, "held_out": held, "ties": ties, "skipped": skipped}
     return found | {"predictions": said, "references": wanted}
+
+
+def _rank(said: Sequence[Any], wanted: Sequence[Any], search: Search) -> tuple[float, ...]:
+    """Every metric of the search, signed so that more is better."""
+    metrics = [find(name) for name in (search.metric, *search.ties)]
+    return tuple(m.compute(said, wanted) * (1 if m.higher_is_better else -1) for m in metrics)
 
 
 def _held_out(train: Sequence[Any], search: Search) -> tuple[list[Any], list[Any]]:

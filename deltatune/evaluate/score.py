@@ -117,7 +117,7 @@ def untuned(job: Job, examples: Sequence[Example], held_out: int = 12) -> tuple[
     if len(prompts) < 2 or job.objective.name != "sft" or not all(map(answer, examples)):
         return score(job, examples), {}
     own = score(job, examples, predicts=False)
-    search = Search(names[0], held_out, job.config.train.seed, Decoding(job.config.eval.max_new_tokens))
+    search = Search(names[0], names[1:], held_out, job.config.train.seed, Decoding(job.config.eval.max_new_tokens))
     found = best_untuned(job.model, job.tokenizer, job.train, examples, prompts, search)
     said, wanted = found.pop("predictions"), found.pop("references")
     numbers = {name: find(name).compute(said, wanted) for name in names if name not in FROM_LOSS}

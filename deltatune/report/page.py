@@ -51,10 +51,12 @@ def bounds(pair: Sequence[float | None] | None) -> str:
 
 def facts(s: Mapping[str, Any]) -> Iterator[str]:
     """The lines under the table."""
-    prompt = (s.get("untuned_prompts") or {}).get("prompt")
-    if prompt:
-        tried = ", ".join(f"{k} {v:.2f}" for k, v in s["untuned_prompts"]["held_out"].items() if v is not None)
-        yield f"before: the untuned model with its best prompt, {prompt!r} (on training rows: {tried})"
+    tried = s.get("untuned_prompts") or {}
+    if tried.get("prompt"):
+        each = ", ".join(
+            f"{name} {tally(tried, name)}" for name, value in tried["held_out"].items() if value is not None
+        )
+        yield f"before: the untuned model with its best prompt, {tried['prompt']!r} (on training rows: {each})"
     if s.get("measured_on") == "train":
         yield "before and after: the loss on training rows, as there are no evaluation rows (--eval FILE)"
     change = (s.get("gain") or {}).get(s["metric"])
@@ -72,6 +74,11 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
     yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {s['tokens_per_s']:.0f} tokens/s"
     yield f"peak memory: {s['peak_memory_bytes'] / 2**30:.2f} GiB"
     yield f"adapter: {s['adapter']}"
+
+
+def tally(tried: Mapping[str, Any], name: str) -> str:
+    """A prompt's main metric, and the finest one where there are several: 0.00 / 0.42."""
+    return " / ".join(f"{v:.2f}" for v in (tried["held_out"][name], *tried.get("ties", {}).get(name, ())[-1:]))
 
 
 def forgotten(kept: Mapping[str, Any]) -> Iterator[str]:
