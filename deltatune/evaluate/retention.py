@@ -34,7 +34,7 @@ class Windows:
     """
 
     window: int | None = None
-    limit: int | None = 4096
+    limit: int | None = 2048
     batch_tokens: int = 1024
     masked: float = 0.15
     seed: int = 0
