@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 import deltatune
 import tiny_run as t
 from deltatune import SFT, Classify, Cloze, LoRA, attach
+from deltatune.commands.runs import describe
 from deltatune.config import Eval, load
 from deltatune.core.attach import attached, known
 from deltatune.core.delta import Refusal
@@ -125,14 +127,70 @@ def test_a_run_is_repeated_bitwise_from_its_folder(made, tmp_path):
         run(load(made / "run" / "config.yaml").config, out=tmp_path / "again")
 
 
+TAKEN = [
+    (lambda p: p.write_text("x"), "is a file"),
+    (lambda p: (p.mkdir(), (p / "notes.txt").write_text("x")), r"holds other files \(notes.txt\)"),
+]
+
+
+@pytest.mark.parametrize(("occupy", "said"), TAKEN)
+def test_an_occupied_place_is_refused_before_anything_is_read(tmp_path, occupy, said):
+    occupy(tmp_path / "out")
+    watch = Signal()
+    with pytest.raises(ValueError, match=said):
+        run(t.config(tmp_path / "none", "none.jsonl"), out=tmp_path / "out", observers=[watch])
+    assert watch.phases == []
+
+
+def test_an_unusable_place_is_refused_and_a_failed_start_leaves_nothing(made, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="cannot be written to"):
+        run(settings(made, "chat", "chat"), out=tmp_path / "file" / "run")
+    with pytest.raises(ValueError, match="none"):
+        run(t.config(made / "chat", str(tmp_path / "none.jsonl")), out=tmp_path / "a" / "b")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+DAMAGED = [
+    ("eval.json", "{", "eval.json is damaged"),
+    ("verified.json", "[]", "verified.json is damaged"),
+    ("verified.json", "{}", "has the status None"),
+    ("summary.json", None, "summary.json is missing"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "said"), DAMAGED)
+def test_a_damaged_file_of_a_finished_run_is_named_with_the_way_out(made, tmp_path, name, text, said):
+    folder = tmp_path / "run"
+    shutil.copytree(made / "run", folder)
+    if text is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=said) as error:
+        resume(folder)
+    assert f"delete {folder / 'eval.json'}" in str(error.value)
+    (folder / "eval.json").unlink()
+    assert resume(folder).status == "done"
+    assert read(folder, "eval.json")["after"] == read(made / "run", "eval.json")["after"]
+
+
+def test_a_padded_length_may_equal_the_number_of_classes(made, tmp_path):
+    rows = t.lines(tmp_path / "three.jsonl", [{"text": x, "label": y} for x, y in ("ax", "by", "cz")])
+    done = run(t.config(made / "bert", rows, objective="classify", train=ROWS), out=tmp_path / "run")
+    assert done.status == "done", done.summary["failed"]
+
+
 # ---- interrupted -----------------------------------------------------------------------------------------------------
 def test_an_interrupted_run_resumes_bitwise(made, tmp_path):
     config = load(made / "run" / "config.yaml").config
     cut = run(config, out=tmp_path / "cut", observers=[Signal(step=3)])
     assert (cut.status, cut.summary) == ("interrupted", {"signal": signal.SIGTERM, "step": 3})
     assert not (tmp_path / "cut" / "eval.json").exists()
+    assert read(tmp_path / "cut", "verified.json")["status"] == "unfinished"
+    assert describe(tmp_path / "cut")["status"] == "unfinished"
     done = resume(tmp_path / "cut")
-    assert done.status == "done"
+    assert (done.status, describe(tmp_path / "cut")["status"]) == ("done", "done")
     assert same(made / "run", tmp_path / "cut")
     assert read(tmp_path / "cut", "eval.json")["before"] == read(made / "run", "eval.json")["before"]
 

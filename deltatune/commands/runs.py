@@ -48,20 +48,19 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def status(folder: Path, measured: dict[str, Any]) -> str:
-    """done, unverified, unfinished (checkpoints are there) or empty."""
+    """done, unverified, unfinished (checks or checkpoints are there) or empty; only a measured run came to its end."""
     verified = read_json(folder / "verified.json")
-    if verified.get("status") or verified.get("passed") is False:
-        return str(verified.get("status") or "unverified")
     if measured.get("after"):
-        return "done"
-    return "unfinished" if any(folder.glob("checkpoints/ckpt-*")) else "empty"
+        return "done" if verified.get("status") == "done" else "unverified"
+    return "unfinished" if verified or any(folder.glob("checkpoints/ckpt-*")) else "empty"
 
 
 def describe(folder: Path) -> dict[str, Any]:
     """One run as a flat record."""
     measured = read_json(folder / "eval.json")
     metric = str(measured.get("metric") or "loss")
-    before, after = ((measured.get(when) or {}).get(metric) for when in ("before", "after"))
+    sides = [measured.get(when) for when in ("before", "after")]
+    before, after = (side.get(metric) if isinstance(side, dict) else None for side in sides)
     when = datetime.fromtimestamp((folder / "config.yaml").stat().st_mtime).astimezone().isoformat(timespec="minutes")
     scores = {"metric": metric, "before": before, "after": after}
     return {"name": folder.name, "when": when, **settings(folder), **scores, "status": status(folder, measured)}

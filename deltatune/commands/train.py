@@ -149,6 +149,7 @@ def resume(
         store = Store(folder / "checkpoints")
         with store.lock():
             store.discard()
+        (folder / "eval.json").unlink(missing_ok=True)  # damaged, or it would say that the run is finished
     from deltatune.train.run import resume as go_on
 
     finish(go_on(folder, observers=observers(load(folder / "config.yaml").config)))

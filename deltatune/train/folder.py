@@ -7,7 +7,9 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from importlib.metadata import version
@@ -47,16 +49,61 @@ def place(config: Config, out: Path | None) -> Path:
         raise ValueError(
             f"{folder} holds a run already: `deltatune resume {folder}` goes on with it, or give another --out"
         )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, and a run needs a folder of its own: give another --out")
+    if folder.exists() and (there := sorted(path.name for path in folder.iterdir())):
+        raise ValueError(
+            f"{folder} holds other files ({there[0]}{', ...' * (len(there) > 1)}), and a run needs its own folder: "
+            f"give a new one, for instance --out {folder / 'run'}"
+        )
     return folder
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """`folder` exists and can be written to, or ValueError; what was made for it goes again where the body fails."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(b"a run writes here")
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be written to ({error.strerror}): give another --out") from error
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # what is not empty stays
+                path.rmdir()
+        raise
 
 
 def finished(folder: Path) -> Run | None:
     """The run that `folder` holds, if it came to its end."""
     measured = folder / "eval.json"
-    if not measured.exists() or not json.loads(measured.read_text(encoding="utf-8")).get("after"):
+    if not measured.exists() or not read_json(measured).get("after"):
         return None
-    status = json.loads((folder / "verified.json").read_text(encoding="utf-8"))["status"]
-    return Run(folder, status, json.loads((folder / "summary.json").read_text(encoding="utf-8")))
+    status = read_json(folder / "verified.json").get("status")
+    if status not in ("done", "unverified"):
+        raise ValueError(unreadable(folder / "verified.json", f"has the status {status!r}"))
+    return Run(folder, status, read_json(folder / "summary.json"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a finished run; ValueError that names the file and the way out."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(unreadable(path, "is missing")) from None
+    except (OSError, ValueError) as error:
+        raise ValueError(unreadable(path, f"is damaged ({error})")) from error
+    if not isinstance(found, dict):
+        raise ValueError(unreadable(path, "is damaged (no JSON object)"))
+    return found
+
+
+def unreadable(path: Path, what: str) -> str:
+    return f"{path} {what}: delete {path.with_name('eval.json')}, and `deltatune resume {path.parent}` writes it anew"
 
 
 @dataclass
@@ -80,9 +127,9 @@ def finish(job: Job, folder: Path, done: Finished) -> Run:
     return Run(folder, status, summary)
 
 
-def verified(folder: Path, checks: Sequence[Check]) -> str:
-    """Write verified.json; returns 'done', or 'unverified' where a check failed."""
-    status = "unverified" if any(c.ok is False for c in checks) else "done"
+def verified(folder: Path, checks: Sequence[Check], whole: bool = True) -> str:
+    """Write verified.json; returns 'done', or 'unverified' where a check failed, or 'unfinished' where not `whole`."""
+    status = "unverified" if any(c.ok is False for c in checks) else "done" if whole else "unfinished"
     write_json(folder / "verified.json", {"status": status, "checks": [asdict(c) for c in checks]})
     return status
 

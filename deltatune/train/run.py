@@ -25,7 +25,7 @@ from ..objectives import build as build_objective
 from ..objectives import record
 from . import evidence, memory, verify
 from .checkpoint import Store
-from .folder import Finished, Run, base_of, environment, finish, finished, place, verified, write, write_json
+from .folder import Finished, Run, base_of, claimed, environment, finish, finished, place, verified, write, write_json
 from .guard import GuardStop, Interrupted, Stop, VerificationError, signals
 from .job import Job, from_model, in_training, prepare
 from .loop import Loop, Settings, Step
@@ -73,7 +73,7 @@ def quickstart(out: Path | None = None, observers: Sequence[Any] = ()) -> Run:
 
 def start(config: Config, folder: Path, observers: Sequence[Any]) -> Run:
     clock = Clock(observers)
-    with clock.phase("prepare"):
+    with clock.phase("prepare"), claimed(folder):
         job = prepare(config)
         job.baselines = demo_prompts(config)
     return execute(job, folder, clock)
@@ -114,7 +114,7 @@ def train(model: Any, objective: Any, *, data: Any, adapter: str = "default", ou
     name = str(getattr(model.config, "_name_or_path", "") or IN_MEMORY)
     config = resolve(Config(model=name, method=blocks, objective=goal, **sections)).config
     folder, clock = place(config, Path(out) if out else None), Clock(observers)
-    with clock.phase("prepare"):
+    with clock.phase("prepare"), claimed(folder):
         job = from_model(model, objective, config, {"adapter": adapter, "tokenizer": tokenizer})
     done = execute(job, folder, clock)
     activate(model, adapter)
@@ -205,7 +205,7 @@ def opening(job: Job, folder: Path, store: Store) -> Opened:
     """The checks before step 1 (a failed one ends the run: VerificationError), and the untuned model measured."""
     start = {k: t.detach().cpu().clone() for k, t in state(job.model, job.adapter).items()}
     checks = before_training(job)
-    verified(folder, checks)
+    verified(folder, checks, whole=False)
     verify.demand(checks)
     return Opened(checks, start, verify.base_weights(job), evidence.before(job, store.folder / STARTED))
 

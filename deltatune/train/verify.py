@@ -149,7 +149,7 @@ def logits(model: Any, batch: Batch) -> Tensor:
         extra["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
     out = run(model, batch, **extra).logits.float()
     mask = batch.inputs.get("attention_mask")
-    return out * mask[..., None] if mask is not None and out.shape[:2] == mask.shape else out
+    return out * mask[..., None] if mask is not None and out.dim() == 3 and out.shape[:2] == mask.shape else out
 
 
 def tolerance(model: nn.Module, base: Tensor) -> float:
