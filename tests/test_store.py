@@ -126,6 +126,31 @@ def test_only_adapters_are_overwritten(tmp_path, saved):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "file", "math", "thesis"]
 
 
+def link(folder: Path) -> None:
+    (folder / OWN).symlink_to(folder.parent / "elsewhere")
+
+
+STRANGERS = {
+    "model.safetensors, notes.txt, optimizer.pt": lambda folder: [
+        (folder / name).write_text("kept") for name in ("notes.txt", "optimizer.pt", "model.safetensors")
+    ],
+    "README.md": lambda folder: (folder / "README.md").write_text("kept"),
+    "more": lambda folder: (folder / "more").mkdir(),
+    OWN: link,  # one of our names, and yet none of our files
+    "f0, f1, f2, f3, f4 and 2 more": lambda folder: [(folder / f"f{i}").write_text("kept") for i in range(7)],
+}
+
+
+@pytest.mark.parametrize("said", STRANGERS)
+def test_what_lies_beside_an_adapter_is_never_deleted(tmp_path, saved, said):
+    STRANGERS[said](saved)
+    before = {p.name: p.read_bytes() if p.is_file() else None for p in saved.iterdir()}
+    with pytest.raises(ValueError, match=f"no part of an adapter: {said}. Choose another place"):
+        save(stirred(tiny("llama"), LoRA(4), seed=9), "default", saved)
+    assert {p.name: p.read_bytes() if p.is_file() else None for p in saved.iterdir()} == before
+    assert os.listdir(tmp_path) == ["math"]
+
+
 @pytest.mark.parametrize("step", ["save_file", "sync", "digest"])
 def test_a_failing_save_leaves_the_old_adapter_and_no_rubbish(saved, monkeypatch, step):
     before = {p.name: p.read_bytes() for p in saved.iterdir()}

@@ -25,6 +25,7 @@ from .registry import build, spec
 from .state import STATE, State
 
 MANIFEST, OWN = "deltatune.json", "adapter.safetensors"
+OURS = (MANIFEST, OWN, TENSORS, CONFIG)
 FORMAT = 1
 
 
@@ -54,7 +55,7 @@ def save(
     """Write adapter `name` to `folder`, whole or not at all. `base`: the reference the base was loaded from.
 
     Writes adapter_config.json only where peft has the method; `record` (objective, labels, template) is kept in the
-    manifest. ValueError when `folder` holds anything but an adapter.
+    manifest. ValueError when `folder` holds anything but an older adapter; nothing is touched then.
     """
     folder, own = Path(folder), state(model, name)
     check_place(folder)
@@ -88,11 +89,18 @@ def manifest(model: Any, name: str, own: Mapping[str, Tensor], base: str | None)
 
 
 def check_place(folder: Path) -> None:
-    """Only an older adapter, or an empty folder, is ever overwritten."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    """Only an older adapter, with nothing beside it, or an empty folder is ever overwritten."""
+    if not folder.exists() and not folder.is_symlink():
         return
-    if not any((folder / n).is_file() for n in (MANIFEST, CONFIG)):
-        raise ValueError(f"{folder} exists and is no adapter folder: choose another place, nothing was overwritten")
+    if not folder.is_dir() or folder.is_symlink():
+        raise ValueError(f"{folder} exists and is no plain folder: choose another place, nothing was overwritten")
+    strangers = sorted(p.name for p in folder.iterdir() if p.name not in OURS or p.is_symlink() or not p.is_file())
+    if strangers:
+        more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+        raise ValueError(
+            f"{folder} exists and holds what is no part of an adapter: {', '.join(strangers[:5])}{more}. "
+            "Choose another place; nothing was overwritten"
+        )
 
 
 def public_name(model: Any) -> str | None:
