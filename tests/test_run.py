@@ -14,7 +14,7 @@ import deltatune
 import tiny_run as t
 from deltatune import SFT, Classify, Cloze, LoRA, attach
 from deltatune.commands.runs import describe
-from deltatune.config import Eval, load
+from deltatune.config import Eval, Override, dump, load
 from deltatune.core.attach import attached, known
 from deltatune.core.delta import Refusal
 from deltatune.data.problems import BadRow
@@ -193,6 +193,56 @@ def test_an_interrupted_run_resumes_bitwise(made, tmp_path):
     assert (done.status, describe(tmp_path / "cut")["status"]) == ("done", "done")
     assert same(made / "run", tmp_path / "cut")
     assert read(tmp_path / "cut", "eval.json")["before"] == read(made / "run", "eval.json")["before"]
+
+
+@pytest.fixture(scope="module")
+def cut(made, tmp_path_factory) -> Path:
+    """A run stopped after step 3."""
+    folder = tmp_path_factory.mktemp("cut") / "run"
+    run(settings(made, "chat", "chat"), out=folder, observers=[Signal(step=3)])
+    return folder
+
+
+CHANGED = [
+    ("data.train", ["chat-eval.jsonl"], "training rows was .*'rows': 24.* is now .*'rows': 6"),
+    ("train.batch_tokens", 80, "batch_tokens was 160, is now 80"),
+    ("train.max_length", 128, "max_length was 512, is now 128"),
+    ("method", {"lora": {"r": 2}}, "method was"),
+    ("method", "ia3", "method was"),
+    ("train.accumulate", 2, "accumulate was 1, is now 2"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "said"), CHANGED)
+def test_another_run_is_not_gone_on_with(made, cut, tmp_path, key, value, said):
+    folder = tmp_path / "run"
+    shutil.copytree(cut, folder)
+    was = {name: (folder / name).read_bytes() for name in ("env.json", "checkpoints/identity.json")}
+    edit(folder, key, [str(made / name) for name in value] if key == "data.train" else value)
+    with pytest.raises(ValueError, match=said) as error:
+        resume(folder)
+    assert f"deltatune resume {folder} --restart" in str(error.value)
+    assert {name: (folder / name).read_bytes() for name in was} == was
+
+
+def edit(folder: Path, key: str, value) -> None:
+    """One key of config.yaml changed by hand."""
+    changed = load(folder / "config.yaml", [Override(key, value, "--set")]).config
+    (folder / "config.yaml").write_text(dump(changed))
+
+
+def test_other_evaluation_rows_are_measured_anew_by_the_base(made, cut, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(cut, folder)
+    environment, old = (folder / "env.json").read_text(), read(folder, "checkpoints/before.json")
+    edit(folder, "data.eval", [str(made / "chat.jsonl")])
+    done = resume(folder)
+    assert done.status == "done"
+    assert done.summary["before"]["loss"] != old["scored"]["loss"]
+    assert len(read(folder, "checkpoints/before.json")["scored"]["references"]) == 24
+    assert any("measured anew" in note for note in done.summary["notes"])
+    assert (folder / "env.json").read_text() == environment
+    assert same(made / "run", folder)
 
 
 @pytest.mark.parametrize("phase", ["before", "save", "after"])

@@ -14,7 +14,8 @@ from ..data.example import Example
 from ..evaluate import retention as kept
 from ..evaluate.metrics import find
 from ..evaluate.score import Scored, gain, intervals, score, untuned
-from .folder import write_json
+from ..objectives import record
+from .folder import base_of, digest, write_json
 from .job import Job
 
 
@@ -34,9 +35,16 @@ class Before:
 
 
 def before(job: Job, path: Path) -> Before:
-    """The untuned model, measured once and kept in `path`: a resumed run reads what the first one found."""
+    """The untuned model, measured once and kept in `path`, where a resumed run on the same rows reads it."""
+    key = key_of(job)
     if path.exists():
-        return Before(**json.loads(path.read_text(encoding="utf-8")))
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept.pop("key") == key:
+                return Before(**kept)
+            job.notes.append("what is measured has changed since the run began: the untuned model is measured anew")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            job.notes.append(f"{path} is damaged ({error}): the untuned model is measured anew")
     plain = replace(job, encoding=replace(job.encoding, prompt_ids=()))  # a base has no virtual tokens
     with disabled(job.model):
         if job.eval:
@@ -44,8 +52,20 @@ def before(job: Job, path: Path) -> Before:
         else:
             scored, tried = score(plain, job.sample(), predicts=False), {}
         found = Before(asdict(scored), tried, general(job))
-    write_json(path, asdict(found))
+    write_json(path, {"key": key, **asdict(found)})
     return found
+
+
+def key_of(job: Job) -> dict[str, Any]:
+    """What the numbers before step 1 depend on: the base, the rows, and how they are measured."""
+    found = {
+        "base": base_of(job),
+        "rows": digest(job.sample()),
+        "eval": job.config.eval.model_dump(),
+        "objective": record(job.objective),
+    }
+    key: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return key
 
 
 def general(job: Job, compare: bool = False) -> dict[str, Any] | None:

@@ -190,7 +190,9 @@ def digest(examples: Sequence[Any]) -> dict[str, Any]:
     """Rows and their sha256, whatever file they came from."""
     found = hashlib.sha256()
     for e in examples:
-        found.update(repr((e.turns, e.prompt, e.completion, e.text, e.text_pair, e.label)).encode("utf-8", "replace"))
+        found.update(
+            repr((e.turns, e.prompt, e.completion, e.text, e.text_pair, e.label, e.tools)).encode("utf-8", "replace")
+        )
     return {"rows": len(examples), "sha256": found.hexdigest()}
 
 

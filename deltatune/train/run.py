@@ -27,6 +27,7 @@ from . import evidence, memory, verify
 from .checkpoint import Store
 from .folder import Finished, Run, base_of, claimed, environment, finish, finished, place, verified, write, write_json
 from .guard import GuardStop, Interrupted, Stop, VerificationError, signals
+from .identity import demand_same
 from .job import Job, from_model, in_training, prepare
 from .loop import Loop, Settings, Step
 from .optim import sane_lr
@@ -162,11 +163,12 @@ def plan(config: Config) -> dict[str, Any]:
 def execute(job: Job, folder: Path, clock: Clock) -> Run:
     """Everything after preparation. The folder is complete at every moment a process may die."""
     described, step = environment(job), 0
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "env.json", described)
-    write(folder / "config.yaml", dump(job.config))  # from here on it is a run folder
     template = str(getattr(job.tokenizer, "chat_template", None))
     store = Store(folder / "checkpoints", base=base_of(job), template=template, keep=job.config.train.keep)
+    demand_same(job, store)
+    if not store.all():  # a resumed run keeps what it was started with
+        write_json(folder / "env.json", described)
+    write(folder / "config.yaml", dump(job.config))  # from here on it is a run folder
     stop = Stop()
     try:
         with in_training(job):
