@@ -245,6 +245,40 @@ def test_published_counts(case):
     assert counted == published
 
 
+MISTAKES = [
+    (LoRA, {"r": 2.5}, r"LoRA r must be a whole number >= 1, got 2\.5"),
+    (LoRA, {"r": 0}, "got 0"),
+    (LoRA, {"r": True}, "got True"),
+    (LoRA, {"alpha": float("nan")}, "LoRA alpha must be a finite number > 0, got nan"),
+    (LoRA, {"alpha": float("inf")}, "got inf"),
+    (LoRA, {"alpha": -1}, "got -1"),
+    (LoRA, {"alpha": 0}, "got 0"),
+    (LoRA, {"alpha": "16"}, "got '16'"),
+    (LoRA, {"dropout": 1.0}, r"LoRA dropout must be in 0 <= dropout < 1, got 1\.0"),
+    (LoRA, {"dropout": float("nan")}, "LoRA dropout must be a finite number, got nan"),
+    (LoRA, {"patterns": {"down": {"rank": 4}}}, "pattern 'down' has no field 'rank'. Did you mean 'r'.* r, alpha$"),
+    (LoRA, {"patterns": {"down": {"alhpa": 4}}}, "no field 'alhpa'. Did you mean 'alpha'"),
+    (LoRA, {"patterns": {"down": {"r": 1.5}}}, r"pattern 'down': r must be .* got 1\.5"),
+    (LoRA, {"patterns": {"down": {"alpha": float("nan")}}}, "pattern 'down': alpha must be .* got nan"),
+    (LoRA, {"patterns": {"down": 4}}, "pattern 'down' must be like .* got 4"),
+    (Adapter, {"bottleneck": 0}, "Adapter bottleneck must be a whole number >= 1, got 0"),
+    (Adapter, {"bottleneck": 1.5}, r"got 1\.5"),
+    (Adapter, {"scale": float("inf")}, "Adapter scale must be a finite number, got inf"),
+    (Prefix, {"length": 0}, "Prefix length must be .* got 0"),
+    (Prefix, {"length": 2.0}, r"got 2\.0"),
+    (Prompt, {"length": -3}, "Prompt length must be .* got -3"),
+    (Prompt, {"init": "vocabulary"}, "Prompt init 'vocabulary': choose from vocab, uniform"),
+    (Freeze, {"last": -1}, "Freeze last must be a whole number >= 0, got -1"),
+    (NewTokens, {"ids": (1.5,)}, r"NewTokens id must be .* got 1\.5"),
+]
+
+
+@pytest.mark.parametrize(("method", "fields", "said"), MISTAKES)
+def test_a_wrong_value_is_an_error_that_shows_it(method, fields, said):
+    with pytest.raises(ValueError, match=said):
+        method(**fields)
+
+
 def test_new_tokens_must_exist():
     with pytest.raises(ValueError, match=r"must be in 0\.\.96: call add_tokens"):
         attach(tiny("llama"), NewTokens((97,)))

@@ -44,10 +44,10 @@ def test_what_is_saved_builds_the_same(name):
             r"method 'lora' has no field 'rank'.* Its fields: r, alpha, dropout, targets, patterns",
         ),
         ({"lora": {"target": ["q"]}}, r"Did you mean 'targets'"),
-        ({"lora": {"r": 0}}, "r >= 1"),
+        ({"lora": {"r": 0}}, "LoRA r must be a whole number >= 1, got 0"),
         ({"adapter": {"form": "serial"}}, "choose from sequential, parallel"),
         ({"adapter": {"where": ["mlp"]}}, "choose from attention, ffn"),
-        ({"prefix": {"length": 0}}, "length >= 1"),
+        ({"prefix": {"length": 0}}, "Prefix length must be a whole number >= 1, got 0"),
         ({"prompt": {"init": "text"}}, "vocab, uniform"),
     ],
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from torch import nn
@@ -79,6 +81,19 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
 def nearest(word: str, choices: Sequence[str]) -> str:
     found = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def whole(what: str, value: Any, least: int = 1) -> None:
+    """ValueError unless `value` is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{what} must be a whole number >= {least}, got {value!r}")
+
+
+def finite(what: str, value: Any, above: float = -math.inf) -> None:
+    """ValueError unless `value` is a finite number greater than `above`."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not above < value < math.inf:
+        bound = f" > {above:g}" if above > -math.inf else ""
+        raise ValueError(f"{what} must be a finite number{bound}, got {value!r}")
 
 
 def build(spec: Any) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.delta import Delta
-from ..core.registry import method
+from ..core.registry import finite, method, whole
 from ..core.site import Site, find, spans, widths
 
 ENDS = {"attention": ("q", "o"), "ffn": ("up", "down")}
@@ -32,6 +32,8 @@ class Adapter:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        whole("Adapter bottleneck", self.bottleneck)
+        finite("Adapter scale", self.scale)
         for value, choices, what in ((self.form, FORMS, "form"), (self.act, ACTS, "act")):
             if value not in choices:
                 raise ValueError(f"Adapter {what} {value!r}: choose from {', '.join(choices)}")

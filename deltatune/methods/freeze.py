@@ -10,7 +10,7 @@ from torch import nn
 
 from ..core.delta import Delta, Refusal
 from ..core.inplace import pick
-from ..core.registry import method, nearest
+from ..core.registry import method, nearest, whole
 from ..core.site import Site, block_of, head_modules, layers
 
 
@@ -22,6 +22,10 @@ class Freeze:
     last: int = 0
     first: int = 0
     names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        whole("Freeze last", self.last, least=0)
+        whole("Freeze first", self.first, least=0)
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         blocks = list(dict.fromkeys(b for n, _ in layers(model) if (b := block_of(n + "."))))

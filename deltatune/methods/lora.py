@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.delta import Delta, Dense
-from ..core.registry import method
+from ..core.registry import finite, method, nearest, whole
 from ..core.site import Site, linear_at, matches, widths
 
 
@@ -30,8 +31,24 @@ class LoRA:
     patterns: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.r < 1 or not 0 <= self.dropout < 1:
-            raise ValueError(f"LoRA needs r >= 1 and 0 <= dropout < 1, got r={self.r}, dropout={self.dropout}")
+        whole("LoRA r", self.r)
+        finite("LoRA alpha", self.alpha, above=0)
+        finite("LoRA dropout", self.dropout)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA dropout must be in 0 <= dropout < 1, got {self.dropout!r}")
+        for pattern, own in self.patterns.items():
+            self.check(pattern, own)
+
+    def check(self, pattern: str, own: Any) -> None:
+        """ValueError unless `own` is {"r": ..., "alpha": ...}, or one of the two."""
+        if not isinstance(own, Mapping):
+            raise ValueError(f'LoRA pattern {pattern!r} must be like {{"r": 16, "alpha": 32}}, got {own!r}')
+        for key in own:
+            if key not in ("r", "alpha"):
+                near = nearest(str(key), ("r", "alpha", "rank")).replace("'rank'", "'r'")
+                raise ValueError(f"LoRA pattern {pattern!r} has no field {key!r}.{near} Its fields: r, alpha")
+        whole(f"LoRA pattern {pattern!r}: r", own.get("r", 1))
+        finite(f"LoRA pattern {pattern!r}: alpha", own.get("alpha", 1.0), above=0)
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         sites = linear_at(model, self.targets, "LoRA")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.attention import attention_modules, heads
 from ..core.delta import Delta
-from ..core.registry import method
+from ..core.registry import method, whole
 from ..core.site import Site, trunk
 
 
@@ -27,8 +27,7 @@ class Prefix:
     offset_positions: bool = True
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"Prefix needs length >= 1, got {self.length}")
+        whole("Prefix length", self.length)
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         takes = "position_ids" in inspect.signature(trunk(model).forward).parameters

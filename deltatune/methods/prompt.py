@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.delta import Delta, Refusal
-from ..core.registry import method
+from ..core.registry import method, whole
 from ..core.site import Site, embedding
 
 INITS = ("vocab", "uniform")
@@ -28,10 +28,9 @@ class Prompt:
     init: str = "vocab"
 
     def __post_init__(self) -> None:
-        if self.length < 1 or self.init not in INITS:
-            raise ValueError(
-                f"Prompt needs length >= 1 and init in {', '.join(INITS)}; got {self.length}, {self.init!r}"
-            )
+        whole("Prompt length", self.length)
+        if self.init not in INITS:
+            raise ValueError(f"Prompt init {self.init!r}: choose from {', '.join(INITS)}")
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         name = embedding(model)

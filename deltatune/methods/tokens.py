@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.delta import Delta, Dense
-from ..core.registry import method
+from ..core.registry import method, whole
 from ..core.site import Site, embeddings, name_of, output_layer, scaled, widths
 
 
@@ -23,6 +23,10 @@ class NewTokens:
     """
 
     ids: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        for i in self.ids:
+            whole("NewTokens id", i, least=0)
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         names, output = embeddings(model), output_layer(model)
