@@ -233,6 +233,78 @@ def test_damage_is_found(saved):
     refused(saved, "deltatune.json is damaged")
 
 
+NO_MANIFEST = {
+    "[]": r"deltatune.json is damaged: it holds \[\] where an object belongs. Copy the folder again",
+    '{"format": 1}': "deltatune.json is damaged: 'methods' is missing or is no list",
+}
+
+
+@pytest.mark.parametrize("text", NO_MANIFEST)
+def test_a_manifest_of_another_shape_is_refused(saved, text):
+    (saved / MANIFEST).write_text(text)
+    refused(saved, NO_MANIFEST[text])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"file": "../secret.safetensors"}, "file '../secret.safetensors' is none that an adapter has"),
+        ({"file": "/etc/passwd"}, "file '/etc/passwd' is none"),
+        ({"file": 3}, "'file' is missing or is no str"),
+        ({"base": []}, "'base' is missing or is no dict"),
+        ({"base": {}}, "'base.fingerprint' is missing or is no str"),
+        (
+            {"base": {"fingerprint": "", "class": "", "grown_to": "99"}},
+            "grown_to must be a whole number >= 1, got '99'",
+        ),
+        ({"methods": [{"lora": 3}]}, "in 'methods' is no {name: fields}"),
+        ({"methods": [{"lora": {"r": "x"}}]}, "LoRA r must be a whole number"),
+        ({"sha256": None}, "'sha256' is missing"),
+    ],
+)
+def test_a_manifest_with_a_wrong_part_is_refused(saved, change, said):
+    edit(saved / MANIFEST, lambda m: m.update(change))
+    refused(saved, said)
+
+
+@pytest.mark.parametrize("length", [0, 7, 1000])
+def test_a_cut_off_peft_file_is_refused(saved, length):
+    (saved / MANIFEST).unlink()
+    file = saved / TENSORS
+    file.write_bytes(file.read_bytes()[:length])
+    refused(saved, f"math/{TENSORS} is damaged or cut off: .* Copy the folder again")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_broken_peft_config_is_refused(saved, text):
+    (saved / MANIFEST).unlink()
+    (saved / CONFIG).write_bytes(text.encode("latin-1"))
+    refused(saved, f"math/{CONFIG} is damaged: .* Copy the folder again")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"r": 8}, "math: adapter_config.json says r=8, but the tensors of .*_proj have rank 4"),
+        ({"r": 513}, "r=513 is above 512"),
+        ({"r": None}, "r must be a whole number >= 1, got None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha must be a finite number > 0, got nan"),
+        ({"lora_alpha": float("inf")}, "got inf"),
+        ({"lora_alpha": 1e30}, r"lora_alpha=1e\+30 is above 100000"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "got nan"),
+        ({"alpha_pattern": ["q_proj"]}, "must be an object"),
+        ({"rank_pattern": {"q_proj": "4"}}, "got '4'"),
+        ({"lora_dropout": "much"}, "LoRA dropout must be a finite number, got 'much'"),
+        ({"peft_type": "PROMPT_TUNING"}, "num_virtual_tokens must be a whole number >= 1, got None"),
+        ({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 10**12}, "but prompt_embeddings .* is not there"),
+    ],
+)
+def test_a_peft_config_that_lies_is_refused(saved, change, said):
+    (saved / MANIFEST).unlink()
+    edit(saved / CONFIG, lambda c: c.update(change))
+    refused(saved, said)
+
+
 def test_what_is_no_adapter(tmp_path, saved):
     refused(tmp_path / "nowhere", "no adapter folder")
     refused(tmp_path, "is no adapter folder: it has neither")

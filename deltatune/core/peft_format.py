@@ -16,6 +16,7 @@ from ..methods.prefix import KeysValues, Prefix
 from ..methods.prompt import Prompt, Rows
 from .attach import known
 from .delta import Delta
+from .registry import finite, whole
 from .site import head_modules, is_conv1d, layers, put, take, widths
 from .slot import slots
 
@@ -23,6 +24,7 @@ PREFIX = "base_model.model."
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 
+MOST_RANK, MOST_ALPHA = 512, 100_000  # a file of strangers: beyond these it is a mistake or an attack
 GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 Parts = dict[str, list[Delta]]  # layer name -> its deltas
@@ -210,10 +212,20 @@ def methods(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.
         inputs = tuple(p for p, t in paths.items() if t.shape[0] == 1)
         return (IA3(outputs=tuple(p for p in paths if p not in inputs), inputs=inputs), *heads)
     if kind == "PREFIX_TUNING":
-        return (Prefix(int(config["num_virtual_tokens"])),)
+        return (Prefix(length(config, tensors)),)
     if kind == "PROMPT_TUNING":
-        return (Prompt(int(config["num_virtual_tokens"])),)
+        return (Prompt(length(config, tensors)),)
     raise ValueError(f"{CONFIG}: peft_type {kind!r} is not read; choose from {', '.join(WRITERS)}")
+
+
+def length(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """How many virtual tokens: what the configuration says, if the tensors say it too."""
+    said, rows = config.get("num_virtual_tokens"), tensors.get("prompt_embeddings")
+    whole(f"{CONFIG}: num_virtual_tokens", said)
+    if rows is None or rows.ndim != 2 or len(rows) != said:
+        found = "is not there" if rows is None else f"is {tuple(rows.shape)}"
+        raise ValueError(f"{CONFIG} says num_virtual_tokens={said}, but prompt_embeddings in {TENSORS} {found}")
+    return int(config["num_virtual_tokens"])
 
 
 UNREAD = (
@@ -242,19 +254,54 @@ def refuse_options(config: Mapping[str, Any]) -> None:
 
 def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoRA:
     ends = ".lora_A.weight"
-    ranks = {k[len(PREFIX) :].removesuffix(ends): t.shape[0] for k, t in tensors.items() if k.endswith(ends)}
-    if not ranks:
+    factors = {k[len(PREFIX) :].removesuffix(ends): t for k, t in tensors.items() if k.endswith(ends)}
+    if not factors:
         raise ValueError(f"{TENSORS} holds no '*{ends}' tensor: it is not a LoRA adapter")
-    given = config.get("alpha_pattern") or {}
+    ranks = {p: t.shape[0] if t.ndim == 2 else 0 for p, t in factors.items()}
+    check_ranks(config, ranks)
+    alphas = read_alphas(config, ranks)
+    r, alpha = most(ranks.values()), most(alphas.values())
+    own = {p: {"r": ranks[p], "alpha": alphas[p]} for p in ranks if (ranks[p], alphas[p]) != (r, alpha)}
+    return LoRA(r, alpha, config.get("lora_dropout") or 0.0, tuple(ranks), own)
+
+
+def check_ranks(config: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
+    """The ranks that the file says are the ranks that its tensors have."""
+    said = [config.get("r"), *pattern(config, "rank_pattern").values()]
+    for r in said:
+        whole(f"{CONFIG}: r", r)
+        if r > MOST_RANK:
+            raise ValueError(
+                f"{CONFIG}: r={r} is above {MOST_RANK}: merge the adapter with peft, load the merged model"
+            )
+    for path, rank in ranks.items():
+        if rank not in said:
+            raise ValueError(
+                f"{CONFIG} says r={said[0]}, but the tensors of {path} have rank {rank}: they do not match"
+            )
+
+
+def read_alphas(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """layer -> alpha, in the terms of alpha / r."""
+    given = pattern(config, "alpha_pattern")
+    for alpha in (config.get("lora_alpha"), *given.values()):
+        finite(f"{CONFIG}: lora_alpha", alpha, above=0)
+        if alpha > MOST_ALPHA:
+            raise ValueError(f"{CONFIG}: lora_alpha={alpha!r} is above {MOST_ALPHA}, which no training run survives")
     alphas = {
         p: float(next((v for k, v in given.items() if p == k or p.endswith("." + k)), config["lora_alpha"]))
         for p in ranks
     }
     if config.get("use_rslora"):  # alpha / sqrt(r) instead of alpha / r
-        alphas = {p: a * ranks[p] ** 0.5 for p, a in alphas.items()}
-    r, alpha = most(ranks.values()), most(alphas.values())
-    own = {p: {"r": ranks[p], "alpha": alphas[p]} for p in ranks if (ranks[p], alphas[p]) != (r, alpha)}
-    return LoRA(r, alpha, float(config.get("lora_dropout", 0.0)), tuple(ranks), own)
+        return {p: a * ranks[p] ** 0.5 for p, a in alphas.items()}
+    return alphas
+
+
+def pattern(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{CONFIG}: {key}={found!r} must be an object")
+    return found
 
 
 def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

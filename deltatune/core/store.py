@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,12 +22,15 @@ from . import peft_format
 from .attach import activate, attach, attached, detach, each, known
 from .fingerprint import fingerprint
 from .peft_format import CONFIG, TENSORS, strict
-from .registry import build, spec
+from .registry import build, spec, whole
 from .state import STATE, State
 
 MANIFEST, OWN = "deltatune.json", "adapter.safetensors"
 OURS = (MANIFEST, OWN, TENSORS, CONFIG)
 FORMAT = 1
+SHAPE = {"methods": list, "base": dict, "tensors": dict, "file": str, "sha256": str}
+SHAPE |= {"base.fingerprint": str, "base.class": str}
+AGAIN = "Copy the folder again from where it was whole, or save the adapter anew"
 
 
 def state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -180,7 +184,7 @@ def fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path, 
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, or None for a foreign peft folder; ValueError when the folder is no adapter at all."""
+    """The manifest, or None for a foreign peft folder; ValueError when the folder is no adapter, or is damaged."""
     if not folder.is_dir():
         raise ValueError(f"no adapter folder {str(folder)!r}")
     path = folder / MANIFEST
@@ -188,13 +192,40 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         if (folder / CONFIG).exists():
             return None
         raise ValueError(f"{folder} is no adapter folder: it has neither {MANIFEST} nor {CONFIG}")
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    manifest = read_object(path)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}: update deltatune")
+    check_manifest(path, manifest)
     return manifest
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, or a ValueError with the path and the way out."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. {AGAIN}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds {json.dumps(found)[:40]} where an object belongs. {AGAIN}")
+    return found
+
+
+def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Everything that loading relies on is there and of its kind; nothing outside the folder is named."""
+    base = manifest.get("base") if isinstance(manifest.get("base"), dict) else {}
+    have = {**manifest, **{f"base.{key}": value for key, value in base.items()}}
+    for key, kind in SHAPE.items():
+        if not isinstance(have.get(key), kind):
+            raise ValueError(f"{path} is damaged: {key!r} is missing or is no {kind.__name__}. {AGAIN}")
+    for key in ("base.vocab", "base.grown_to"):
+        if key in have:
+            whole(f"{path}: {key}", have[key])
+    for block in manifest["methods"]:
+        if not isinstance(block, dict) or not all(isinstance(fields, dict) for fields in block.values()):
+            raise ValueError(f"{path} is damaged: {block!r} in 'methods' is no {{name: fields}}. {AGAIN}")
+    file = manifest["file"]
+    if Path(file).name != file or file not in OURS:
+        raise ValueError(f"{path}: file {file!r} is none that an adapter has: {OWN} or {TENSORS}")
 
 
 def read_tensors(folder: Path, manifest: dict[str, Any] | None) -> dict[str, Tensor]:
@@ -205,13 +236,21 @@ def read_tensors(folder: Path, manifest: dict[str, Any] | None) -> dict[str, Ten
         )
     if manifest and digest(file) != manifest["sha256"]:
         raise ValueError(
-            f"{file} is damaged: sha256 {digest(file)[:16]}..., {MANIFEST} says {manifest['sha256'][:16]}..."
+            f"{file} is damaged: sha256 {digest(file)[:16]}..., {MANIFEST} says {manifest['sha256'][:16]}.... {AGAIN}"
         )
-    return load_file(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut off: {error}. {AGAIN}") from None
 
 
 def foreign(model: nn.Module, folder: Path, tensors: dict[str, Tensor]) -> tuple[Any, ...]:
-    return peft_format.methods(json.loads((folder / CONFIG).read_text()), tensors, model)
+    """The methods of a peft folder without a manifest."""
+    config = read_object(folder / CONFIG)
+    try:
+        return peft_format.methods(config, tensors, model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
 
 
 def canonical(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -224,9 +263,9 @@ def check_base(model: nn.Module, base: Mapping[str, Any], folder: Path, verify: 
     actual = existing.base if existing else fingerprint(model, getattr(model, "deltatune_vocab", None))
     if verify and actual != base["fingerprint"]:
         raise ValueError(
-            f"{folder.name} was trained on another base: {base['reference'] or base['class']} with fingerprint "
+            f"{folder.name} was trained on another base: {base.get('reference') or base['class']} with fingerprint "
             f"{base['fingerprint'][:16]}..., this {type(model).__name__} has {actual[:16]}.... "
-            "Load that base (same revision), or pass verify=False if you know that it is the same"
+            "Load that base (same revision), or pass verify=False (in Python) if you know that it is the same"
         )
     if attached(model) and base.get("grown_to", 0) > vocabulary(model):
         raise ValueError(
