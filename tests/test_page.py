@@ -57,7 +57,12 @@ def test_an_interrupted_run_says_how_to_go_on():
 
 
 def test_the_report_shows_the_sample_whatever_it_holds():
-    text = page.markdown(Config(model="m", data="d"), SUMMARY, [Check("base", True, "as before")])
+    text = page.markdown(
+        Config(model="m", data="d"),
+        SUMMARY,
+        [Check("base", True, "as before"), Check("memory", None, "much", warns=True)],
+    )
     assert "````text\nx >>y```<<\n````" in text
     assert "| base | yes | as before |" in text
+    assert "| memory | warning | much |" in text
     assert "- a note" in text

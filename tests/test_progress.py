@@ -6,6 +6,7 @@ import math
 import pytest
 from rich.console import Console
 
+from deltatune.data.check import Sample
 from deltatune.train.progress import Bar, Lines, Meter, duration, memory, progress, rss_bytes, size, sparkline
 
 
@@ -127,6 +128,22 @@ def test_the_observer_fits_the_stream():
     quiet = progress(quiet=True, console=console(terminal=True))
     assert isinstance(quiet, Lines)
     assert quiet.seconds == 60
+
+
+def test_a_row_is_shown_with_what_is_learned_of_it():
+    record = {
+        "phase": "train",
+        "notes": ["warning: x"],
+        "sample": vars(Sample("a.jsonl:1", [("ask", False), ("[b]", True)])),
+    }
+    plain = console()
+    progress(console=plain).on_phase(record)
+    said = ["  a.jsonl:1 as the model sees it (learned: >> <<):", "ask>>[b]<<", "warning: x", "training ..."]
+    assert plain.file.getvalue().splitlines() == said
+    coloured = Console(file=io.StringIO(), force_terminal=True, color_system="standard", width=200)
+    progress(console=coloured).on_phase(record)
+    assert "\x1b[1;32m[b]" in coloured.file.getvalue()
+    assert ">>" not in coloured.file.getvalue().splitlines()[1]
 
 
 def test_phases_are_said_in_plain_words_after_what_is_to_be_known():

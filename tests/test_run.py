@@ -33,10 +33,11 @@ class Signal:
     """Sends itself SIGTERM at a step, or in a phase."""
 
     def __init__(self, step: int = 0, phase: str = ""):
-        self.step, self.phase, self.phases = step, phase, []
+        self.step, self.phase, self.phases, self.records = step, phase, [], []
 
     def on_phase(self, record):
         self.phases.append(record["phase"])
+        self.records.append(record)
         if record["phase"] == self.phase:
             # a moment later, when the phase has begun
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
@@ -117,6 +118,16 @@ def test_what_was_auto_is_written_down(made):
     report = (made / "run" / "report.md").read_text()
     assert "One row as the model sees it" in report
     assert "<|im_end|><<" in report
+
+
+def test_warnings_and_a_row_are_told_before_training(made, tmp_path):
+    watch, train = Signal(), {"steps": 1, "lr": 5.0}
+    done = run(settings(made, "chat", "chat", method="prompt", train=train), out=tmp_path / "run", observers=[watch])
+    (record,) = [r for r in watch.records if r["phase"] == "train"]
+    assert [note[:23] for note in record["notes"]] == ["identity: prompt does n", "warning: learning rate:"]
+    assert any(learned and "<|im_end|>" in text for text, learned in record["sample"]["pieces"])
+    assert "| learning rate | warning |" in (tmp_path / "run" / "report.md").read_text()
+    assert any(line.startswith("warning: learning rate") for line in done.summary["unchecked"])
 
 
 def test_a_run_is_repeated_bitwise_from_its_folder(made, tmp_path):

@@ -108,9 +108,9 @@ def commands(folder: Any, s: Mapping[str, Any]) -> list[Text]:
 
 def markdown(config: Config, s: Mapping[str, Any], checks: Sequence[Any]) -> str:
     """report.md."""
-    mark = {True: "yes", False: "NO", None: "not checked"}
+    mark = {True: "yes", False: "NO", None: "not checked", "warns": "warning"}
     rows = "\n".join(f"| {n} | {a} | {b} | {c} |" for n, a, b, c in scores(s))
-    verified = "\n".join(f"| {c.name} | {mark[c.ok]} | {c.detail} |" for c in checks)
+    verified = "\n".join(f"| {c.name} | {mark['warns' if c.warns else c.ok]} | {c.detail} |" for c in checks)
     notes = "\n".join(f"- {n}" for n in s["notes"]) or "- none"
     seen = s.get("sample")
     shown = f"## One row as the model sees it (learned: >> <<)\n\n{fenced(seen)}\n\n" if seen else ""

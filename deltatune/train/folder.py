@@ -153,8 +153,8 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
         "model": job.config.model.name,
         "notes": job.notes,
         "sample": sample(job),
-        "unchecked": [f"{c.name}: {c.detail}" for c in done.checks if c.ok is None],
-        "failed": [f"{c.name}: {c.detail}" for c in done.checks if c.ok is False],
+        "unchecked": [str(c) for c in done.checks if c.ok is None],
+        "failed": [str(c) for c in done.checks if c.ok is False],
     }
 
 

@@ -15,6 +15,8 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from deltatune.data.check import Sample
+from deltatune.data.show import sample as show_sample
 from deltatune.terminal import plain
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -171,6 +173,8 @@ class Lines:
 
     def on_phase(self, record: Record) -> None:
         """The run comes to another phase."""
+        if record.get("sample"):
+            show_sample(Sample(**record["sample"]), self.console)
         for text in phase(record):
             self.line(plain(text))
 
@@ -179,7 +183,7 @@ class Lines:
         self.meter.start(record)
         for note in record.get("notes") or ():
             self.line(plain(str(note)))
-        if self.meter.step:
+        if self.meter.step and not record.get("notes"):
             self.line(f"going on at step {self.meter.step} of {self.meter.steps}")
 
     def on_step(self, record: Record) -> None:
@@ -221,6 +225,8 @@ class Bar:
 
     def on_phase(self, record: Record) -> None:
         """The run comes to another phase."""
+        if record.get("sample"):
+            show_sample(Sample(**record["sample"]), self.console)
         for text in phase(record):
             self.say(plain(text))
 

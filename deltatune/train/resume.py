@@ -84,7 +84,7 @@ def restore(loop: Loop) -> list[str]:
     if loop.sampler and state["cursor"]:
         loop.sampler.load(state["cursor"])
     loop.store.journal.rewind(found.step, state["journal"])
-    for note in notes:
+    for note in () if loop.observers else notes:  # an observer says them
         log.warning("%s", note)
     return [*notes, f"continuing after step {found.step}"]
 

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,9 @@ class Clock:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def phase(self, name: str, notes: Sequence[str] = ()) -> Iterator[None]:
+    def phase(self, name: str, notes: Sequence[str] = (), **more: Any) -> Iterator[None]:
         for observer in self.observers:
-            getattr(observer, "on_phase", lambda record: None)({"phase": name, "notes": list(notes)})
+            getattr(observer, "on_phase", lambda record: None)({"phase": name, "notes": list(notes), **more})
         began = time.perf_counter()
         try:
             yield
@@ -172,10 +172,13 @@ def execute(job: Job, folder: Path, clock: Clock) -> Run:
     stop = Stop()
     try:
         with in_training(job):
+            told = len(job.notes)
             with stoppable() as stop, clock.phase("before", job.notes):
                 opened = opening(job, folder, store)
             loop = make_loop(job, store, clock.observers)
-            with clock.phase("train"):
+            remarks = [*job.notes[told:], *(str(check) for check in opened.checks if check.ok is None)]
+            row = verify.sample_row(job)
+            with clock.phase("train", remarks, sample=row and asdict(row)):
                 outcome = loop.run()
             step = outcome.progress.step
             if outcome.status == "interrupted":
@@ -217,11 +220,11 @@ def before_training(job: Job) -> list[verify.Check]:
     predicted = memory.estimate(job, job.trainable())
     said = memory.warning(predicted)
     seen = said or f"{predicted['total'] / 2**30:.2f} GiB predicted, {memory.free() / 2**30:.2f} GiB free"
-    checks.append(verify.Check("memory", None if said else True, seen))
+    checks.append(verify.Check("memory", None if said else True, seen, warns=said is not None))
     rate, fixed = float(job.config.train.lr or 0), job.config.train.optimizer != "adafactor-relative"
     rates = [said for name, _ in job.config.parts if fixed and (said := sane_lr(name, rate))]
     seen = "; ".join(rates) or (f"{rate:g}" if fixed else "found by adafactor-relative itself")
-    return [*checks, verify.Check("learning rate", None if rates else True, seen)]
+    return [*checks, verify.Check("learning rate", None if rates else True, seen, warns=bool(rates))]
 
 
 def make_loop(job: Job, store: Store, observers: Sequence[Any]) -> Loop:

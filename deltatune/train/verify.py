@@ -19,7 +19,7 @@ from ..core.site import block_linears
 from ..core.slot import slots
 from ..core.store import canonical, load, read_manifest, read_tensors, state, virtual_ids
 from ..data.batch import Batch
-from ..data.check import pieces
+from ..data.check import Sample, pieces
 from ..data.encode import IGNORE, Encoded
 from ..data.show import safe
 from ..evaluate.generate import end_of_turn, evaluating
@@ -31,11 +31,15 @@ from .memory import free
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was verified. ok None: it could not be checked, and `detail` says why."""
+    """One thing that was verified. ok None: it could not be checked, or (`warns`) a warning; `detail` says why."""
 
     name: str
     ok: bool | None
     detail: str
+    warns: bool = False
+
+    def __str__(self) -> str:
+        return f"{'warning: ' * self.warns}{self.name}: {self.detail}"
 
 
 def demand(checks: Sequence[Check]) -> None:
@@ -89,11 +93,17 @@ def learned(row: Encoded) -> list[tuple[int, tuple[int, ...]]]:
 
 def sample(job: Job, most: int = 1500) -> str | None:
     """One row as the model sees it, what is learned between >> and <<; None where rows have no token labels."""
-    row = next((row for row in job.rows if row.labels is not None and row.targets), None)
+    row = sample_row(job)
     if row is None:
         return None
-    text = "".join(f">>{safe(part)}<<" if wanted else safe(part) for part, wanted in pieces(row, job.tokenizer))
+    text = "".join(f">>{safe(part)}<<" if wanted else safe(part) for part, wanted in row.pieces)
     return text if len(text) <= most else f"{text[:most]} ..."
+
+
+def sample_row(job: Job) -> Sample | None:
+    """The first row that learns something, in pieces; None where rows have no token labels."""
+    row = next((row for row in job.rows if row.labels is not None and row.targets), None)
+    return None if row is None else Sample(row.where, pieces(row, job.tokenizer))
 
 
 def covered(job: Job) -> Check:
