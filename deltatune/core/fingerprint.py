@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any
 
 import torch
@@ -11,20 +12,28 @@ import torch
 from .delta import SLOT
 from .site import output_layer, trunk
 
-SAMPLES = 64  # values read per tensor: < 2 s on 7 B parameters, and any fine-tune moves some of them
-IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+SAMPLES = 1024  # values read per tensor: a second or two on 7 B parameters
+# what changes from load to load, or with the task's head, and never what the trunk computes
+VOLATILE = re.compile(
+    r"_.*|vocab_size|dtype|torch_dtype|transformers_version|auto_map|architectures|attn_implementation|use_cache"
+    r"|.*drop.*|.*_token_id|init.*|output_.*|return_dict|.*gradient_checkpointing|chunk_size_feed_forward"
+    r"|num_labels|id2label|label2id|problem_type|finetuning_task|task_specific_params|classifier.*|summary_.*"
+    r"|pretraining_tp|reference_compile|deterministic_flash_attn|sparse_pred.*|quantization_config"
+)
 
 
 def fingerprint(model: Any, vocab: int | None = None) -> str:
     """sha256 over the architecture and sampled values of the trunk's weights, as bf16.
 
-    bf16 makes one model loaded in fp32 and in bf16 agree. `vocab` caps embedding rows, for models that grew tokens.
+    The architecture is the whole configuration (rope, norm eps, activation, windows, soft caps, heads, ...) without
+    what changes from load to load. bf16 makes one model loaded in fp32 and in bf16 agree. The weights are a sample,
+    SAMPLES per tensor: a fine-tune moves them, a change of a few chosen values elsewhere goes unseen.
+    `vocab` caps embedding rows, for models that grew tokens.
     """
     inner = trunk(model)
     config = getattr(model, "config", None)
-    facts = {k: getattr(config, k, None) for k in IDENTITY} if config is not None else {}
-    if vocab is not None:
-        facts["vocab_size"] = vocab
+    facts = stable(config.to_dict()) if hasattr(config, "to_dict") else {}
+    facts["vocab_size"] = getattr(config, "vocab_size", None) if vocab is None else vocab
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
     output = getattr(output_layer(model), "weight", None)  # T5's language model is its own trunk: leave its head out
@@ -38,6 +47,13 @@ def fingerprint(model: Any, vocab: int | None = None) -> str:
         digest.update(f"{name}{tuple(values.shape)}".encode())
         digest.update(sample(values).numpy().tobytes())
     return digest.hexdigest()
+
+
+def stable(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration without its volatile keys, at every depth. What is off or empty counts as not there, because
+    that is what a newer transformers adds for options that an older one did not have."""
+    kept = {str(k): stable(v) if isinstance(v, dict) else v for k, v in config.items()}
+    return {k: v for k, v in kept.items() if v and not VOLATILE.fullmatch(k)}
 
 
 def sample(values: torch.Tensor) -> torch.Tensor:
