@@ -7,9 +7,11 @@ import random
 import pytest
 from rich.console import Console
 
-from deltatune.data.check import Reading, check
+from deltatune.data.check import Reading, check, remarks
 from deltatune.data.encode import Encoding
+from deltatune.data.formats import load
 from deltatune.data.problems import split
+from deltatune.objectives import Classify
 from malformed import LEGAL, Case, cases
 from tiny_tokenizers import CHATML, byte_level
 
@@ -28,6 +30,41 @@ def place(case: Case, root):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(case.data)
     return path.parent if "/" in case.file else path
+
+
+MIXED = [
+    ([0.5, 1.5, "x"], [3], "'x' is a word, the other labels are numbers such as '"),
+    (["a", "b", 0.5], [3], "'0.5' is a number, the other labels are words such as '"),
+    (["0.5", "x", "2.5", "y", "1"], [2, 4], "is a word"),
+    ([1, 2, "x"], [], ""),
+    (["a", "inf", "b"], [], ""),
+    ([0.5, 1.0], [], ""),
+]
+
+
+@pytest.mark.parametrize(("labels", "lines", "said"), MIXED)
+def test_words_among_scores_are_an_error_with_their_lines(tmp_path, labels, lines, said):
+    path = written(tmp_path, [{"text": f"row {i}", "label": label} for i, label in enumerate(labels)])
+    report = check(path, TOKENIZER)
+    assert [(p.kind, p.lines) for p in report.problems.errors] == ([("mixed_labels", lines)] if lines else [])
+    assert (report.problems.good, report.problems.bad) == (len(labels) - len(lines), len(lines))
+    assert all(said in p.reason for p in report.problems.errors)
+    if lines:
+        with pytest.raises(ValueError, match="mixed_labels"):
+            Classify().fit(load(path)[0])
+    Classify("single", tuple(map(str, labels))).fit(load(path)[0])
+
+
+def test_a_run_is_told_of_leaked_rows_and_unused_labels(tmp_path):
+    train, _ = load(written(tmp_path, [{"text": "One, two!", "label": "a"}, {"text": "three", "label": "b"}]))
+    held, _ = load(written(tmp_path, [{"text": "one two", "label": "b"}, {"text": "four", "label": "b"}], "e.jsonl"))
+    (leak,) = remarks(train, held, "classify")
+    where = f"({tmp_path / 'e.jsonl'}:1 = {tmp_path / 'a.jsonl'}:1)"
+    assert f"1 of 2 evaluation rows are in the training set too {where}" in leak
+    assert remarks(train, held[1:], "classify") == []
+    (label,) = remarks(train, [], "sft")
+    assert "2 rows have a label, which sft does not use" in label
+    assert "classify and cloze" in label
 
 
 def test_there_are_two_hundred_malformed_inputs():

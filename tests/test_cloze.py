@@ -100,6 +100,7 @@ def test_scores_are_mean_log_probabilities_at_the_gap(words):
 
 
 MISTAKES = [
+    ({"pos": ["zzz"], "neg": ["bad"]}, "'zzz' is unknown to this tokenizer"),
     ({"pos": ["great film"], "neg": ["bad"]}, "'great film' is 2 tokens"),
     ({"pos": ["great"], "neg": ["great"]}, "must differ between classes"),
 ]

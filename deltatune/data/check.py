@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .encode import Encoded, Encoder, Encoding, label_names
+from .encode import Encoded, Encoder, Encoding, label_names, number_of
 from .example import Example
 from .formats import examples
-from .problems import BadRow, Problems, split
+from .problems import BadRow, Problems, short, split
 
 NGRAM, HASHES, BANDS = 5, 16, 4  # 4 bands of 4: two texts with Jaccard 0.9 meet in 98 % of cases, with 0.5 in 23 %
 PRIME = (1 << 61) - 1
@@ -117,6 +117,11 @@ def check(
     how = how or Reading()
     report = Report(str(ref), Problems())
     found = list(_watched(examples(ref, report.problems, how.format, how.columns), report))
+    faults = mixed_labels(found)
+    for fault in faults:
+        report.problems.retract(fault)
+    lost = {fault.where for fault in faults}
+    found = [example for example in found if example.where not in lost]
     for example in found:
         report.kinds[example.kind] += 1
         report.labels.update(_labels(example))
@@ -152,6 +157,55 @@ def _labels(example: Example) -> Iterable[str]:
     if example.label is None:
         return ()
     return map(str, example.label if isinstance(example.label, tuple) else (example.label,))
+
+
+def mixed_labels(found: Sequence[Example]) -> list[BadRow]:
+    """Faults of the rows whose label is a word among scores such as 0.5, or the other way round: the fewer of them."""
+    words, numbers = dict[str, str](), dict[str, str]()  # where -> label
+    for example in found if all(e.kind == "classification" for e in found) else ():
+        for name in _labels(example):
+            (words if number_of(name) is None else numbers)[example.where] = name
+    if not words or all(float(name).is_integer() for name in numbers.values()):
+        return []  # whole numbers beside words are names of classes
+    few, most = (words, numbers) if len(words) <= len(numbers) else (numbers, words)
+    kind, other = ("a word", "numbers") if few is words else ("a number", "words")
+    fix = "Write scores in every row, or names in every row, or list the classes (objective: {classify: {labels: []}})"
+    like = short(next(iter(most.values())))
+    return [
+        BadRow(
+            "mixed_labels", where, "label", f"{short(name)} is {kind}, the other labels are {other} such as {like}", fix
+        )
+        for where, name in few.items()
+    ]
+
+
+def leaks(train: Sequence[Example], held: Sequence[Example]) -> Pairs:
+    """The rows of `held` whose question is word for word in `train`."""
+    seen: dict[bytes, str] = {}
+    for example in train:
+        seen.setdefault(_digest(_words(asked(example)), asked(example)), example.where)
+    found = Pairs()
+    for example in held:
+        earlier = seen.get(_digest(_words(asked(example)), asked(example)))
+        if earlier and asked(example):
+            found.add(example.where, earlier)
+    return found
+
+
+def remarks(train: Sequence[Example], held: Sequence[Example], objective: str) -> list[str]:
+    """What a run should say of its rows before it trains: leakage, and labels that nothing learns."""
+    found, leaked = [], leaks(train, held)
+    if leaked.count:
+        later, earlier = leaked.first[0]
+        many = f"{leaked.count} of {len(held)} evaluation rows are in the training set too ({later} = {earlier})"
+        found.append(f"warning: {many}: the scores on them say how much was memorised")
+    labelled = sum(example.kind == "classification" for example in train)
+    if objective == "sft" and labelled:
+        found.append(
+            f"warning: {labelled} rows have a label, which sft does not use: it learns the text alone; "
+            "the objectives classify and cloze learn the label"
+        )
+    return found
 
 
 def said(example: Example) -> str:

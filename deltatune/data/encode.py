@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -356,7 +357,7 @@ def label_names(examples: Iterable[Example]) -> tuple[str, ...]:
     for example in examples:
         labels = example.label if isinstance(example.label, tuple) else (example.label,)
         found.update((_name(label), None) for label in labels if label is not None)
-    numbers = [_number(name) for name in found]
+    numbers = [number_of(name) for name in found]
     if numbers and all(number is not None for number in numbers):
         if any(number != int(number) for number in numbers if number is not None):
             return ()
@@ -368,11 +369,12 @@ def _name(label: Label) -> str:
     return str(int(label)) if isinstance(label, float) and label == int(label) else str(label)
 
 
-def _number(name: str) -> float | None:
+def number_of(name: str) -> float | None:
     try:
-        return float(name)
+        value = float(name)
     except ValueError:
         return None
+    return value if math.isfinite(value) else None  # "inf" is a word
 
 
 def target(label: Label, names: Sequence[str], where: str) -> int | float | tuple[float, ...]:
@@ -382,7 +384,7 @@ def target(label: Label, names: Sequence[str], where: str) -> int | float | tupl
         return tuple(float(i in chosen) for i in range(len(names)))
     if names:
         return _index(label, names, where)
-    number = _number(str(label))
+    number = number_of(str(label))
     if number is None:
         fix = "Write a number, or name the classes"
         raise BadRow("unknown_label", where, "label", f"{label!r} is not a number, the other labels are", fix)

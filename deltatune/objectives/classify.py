@@ -14,8 +14,10 @@ from ..core.attention import packed, positions
 from ..core.delta import Refusal
 from ..core.site import head_modules, trunk
 from ..data.batch import Batch
+from ..data.check import mixed_labels
 from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
+from ..data.problems import Problems
 from .common import exact, load, run
 
 Kind = Literal["auto", "single", "multi", "regression"]
@@ -46,6 +48,8 @@ class Classify:
         unlabelled = next((e.where for e in examples if e.label is None), None)
         if unlabelled:
             raise ValueError(f"{unlabelled}: classify needs a label in every row (columns text and label)")
+        if self.labels is None:
+            refuse_mixed(examples)
         names = self.labels if self.labels is not None else label_names(examples)
         several = any(isinstance(e.label, tuple) for e in examples)
         kind = self.kind if self.kind != "auto" else "multi" if several else "single" if names else "regression"
@@ -132,6 +136,15 @@ class Classify:
             given = example.label if isinstance(example.label, tuple) else (example.label,)
             return tuple(n for n in self.labels or () if n in {spelled(x) for x in given})
         return spelled(example.label)
+
+
+def refuse_mixed(examples: Sequence[Example]) -> None:
+    """ValueError with every row whose label is a word among scores, or a score among words."""
+    problems = Problems()
+    problems.good = len(examples)
+    for fault in mixed_labels(examples):
+        problems.retract(fault)
+    problems.refuse()
 
 
 def spelled(label: Any) -> str:

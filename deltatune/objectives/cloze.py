@@ -16,7 +16,7 @@ from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding, label_names, target
 from ..data.example import Example
 from ..prompting.template import Filler, Template
-from .classify import spelled
+from .classify import refuse_mixed, spelled
 from .common import exact, kept_logits, language_class, load, needs_words
 
 
@@ -59,6 +59,8 @@ class Cloze:
         wrong = next((e.where for e in examples if e.label is None or isinstance(e.label, tuple)), None)
         if wrong:
             raise ValueError(f"{wrong}: cloze needs one label in every row (columns text and label)")
+        if not self.labels:
+            refuse_mixed(examples)
         names = label_names(examples)
         if len(names) < 2:
             raise ValueError(f"cloze needs two classes or more, the training set has {', '.join(names) or 'scores'}")
@@ -135,6 +137,8 @@ def word_id(tokenizer: Any, word: str) -> int:
     """The one token of a label word, with the space before it where the tokenizer keeps one."""
     tried = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (f" {word.strip()}", word.strip())]
     single = next((ids for ids in tried if len(ids) == 1 and ids[0] != tokenizer.unk_token_id), None)
+    if single is None and any(len(ids) == 1 for ids in tried):
+        raise ValueError(f"label word {word!r} is unknown to this tokenizer: choose a word of its vocabulary")
     if single is None:
         pieces = tokenizer.convert_ids_to_tokens(tried[0])
         raise ValueError(

@@ -19,6 +19,7 @@ from ..core.attach import activate, attach, attached, known, packing, trainable
 from ..core.store import virtual_ids
 from ..data import formats
 from ..data.batch import Batch, Batching, pack, pad, plan
+from ..data.check import remarks
 from ..data.encode import Encoded, Encoding, encoder
 from ..data.example import Example
 from ..data.problems import BadRow, Problems
@@ -156,6 +157,7 @@ def read_sets(config: Config, notes: list[str]) -> tuple[list[Example], list[Exa
         raise ValueError(f"{', '.join(config.data.eval)}: no rows to measure on")
     if not held:
         notes.append(f"no evaluation rows: before and after are the loss on at most {SAMPLE} of the TRAINING rows")
+    notes += remarks(train, held, config.goal[0])
     ood = {name: read(refs, config, notes) for name, refs in config.data.ood.items()}
     return train, held, {name: measured(f"ood {name}", rows, config, notes) for name, rows in ood.items()}
 
