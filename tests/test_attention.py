@@ -18,7 +18,6 @@ from deltatune.core.attention import (
     attention_modules,
     heads,
     packed,
-    packed_lens,
     positions,
     restore_attention,
     use_attention,
@@ -248,13 +247,6 @@ def test_one_position_row_per_sequence_is_an_error():
     model = ours("llama")
     with pytest.raises(ValueError, match=r"a packed batch is one row.*\[2, 2, 1\]"), packed((3, 4)):
         model(input_ids=ids((7,))[0], position_ids=positions(model, (3, 4)).repeat(2, 1))
-
-
-def test_the_lengths_can_be_read_inside_only():
-    assert packed_lens() is None
-    with pytest.raises(RuntimeError), packed((3, 4)):
-        assert packed_lens() == (3, 4)
-    assert packed_lens() is None
 
 
 def test_a_packed_cache_cannot_be_continued():

@@ -108,13 +108,6 @@ def packed(lens: Sequence[int]) -> Iterator[None]:
         )
 
 
-def packed_lens() -> tuple[int, ...] | None:
-    """The lengths of the packed batch being run, or None. For hooks on the model's own call only: inside a block,
-    checkpointing runs the forward again in backward, outside `packed`."""
-    pack = _PACK.get()
-    return None if pack is None else pack.lens
-
-
 def make_mask(*, batch_size: int, q_length: int, kv_length: int, **how: Any) -> Tensor | Packed | None:
     """transformers' own sdpa mask; inside `packed(lens)` one mask per sequence, from the same mask function."""
     pack = _PACK.get()
