@@ -93,9 +93,19 @@ def test_a_failing_attach_leaves_the_model_as_it_was(late, first):
 def test_a_union_that_trains_a_parameter_twice_is_refused_whole():
     model = tiny("bert")
     found = snapshot(model)
-    with pytest.raises(ValueError, match="is trained in place twice"):
+    with pytest.raises(
+        ValueError, match="is trained in place twice, by two methods of 'default': leave one of them out"
+    ):
         attach(model, [BitFit(), Freeze(last=1)])
     assert snapshot(model) == found
+
+
+@pytest.mark.parametrize("method", [Prompt(2), Prefix(2), Adapter(2)], ids=str)
+def test_a_merge_is_refused_in_the_names_that_users_know(method):
+    with pytest.raises(
+        Refusal, match=f"^{type(method).__name__} has no equivalent weight.* Found: {type(method).__name__}"
+    ):
+        merge(attach(tiny("llama"), method))
 
 
 def test_attention_that_takes_no_prefix_is_refused_and_trained_values_go_back():

@@ -480,6 +480,54 @@ def test_new_tokens_survive_save_load_and_merge(tmp_path, family):
     close(logits(plain, given), live, SUMS)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen", "gemma", "gpt2", "opt", "bert", "modernbert", "t5", "bart"])
+def test_detach_takes_the_tokens_back_that_load_grew(tmp_path, family):
+    grown = tiny(family)
+    ids = add_tokens(grown, Words(), ["<a>", "<b>"])
+    folder = save(stirred(grown, [NewTokens(ids), LoRA(2)]), "default", tmp_path / "a")
+    model = tiny(family)
+    model.requires_grad_(False)
+    plain = logits(model, batch(model, None))  # first: some families add hooks of their own on their first call
+    was_tied, before, kept = tied(model), snapshot(model), values(model)
+    load(model, folder)
+    attach(model, LoRA(), "b")
+    detach(model, "a")
+    assert model.get_input_embeddings().num_embeddings == 99  # b was attached to the grown vocabulary
+    detach(model, "b")
+    assert snapshot(model) == before
+    assert all(torch.equal(t, values(model)[k]) for k, t in kept.items())
+    assert (model.config.vocab_size, tied(model)) == (97, was_tied)
+    close(logits(model, batch(model, None)), plain, 0)
+    load(model, folder)  # and the whole way again
+    assert attached(model) == ("a",)
+
+
+def test_tokens_that_the_user_added_stay(tmp_path):
+    model = tiny("gpt2")
+    ids = add_tokens(model, Words(), ["<a>", "<b>"])
+    folder = save(attach(model, NewTokens(ids)), "default", tmp_path / "a")
+    detach(model, "default")
+    assert model.config.vocab_size == 99
+    other = tiny("gpt2")
+    add_tokens(other, Words(), ["<a>"])
+    load(other, folder)
+    assert other.config.vocab_size == 99
+    detach(other, "a")
+    assert (other.config.vocab_size, other.deltatune_vocab) == (98, 97)
+
+
+@pytest.mark.parametrize("method", [LoRA(2), Prefix(2), Adapter(4)], ids=str)
+def test_loading_leaves_the_random_numbers_alone(tmp_path, method):
+    model = tiny("llama")
+    ids = add_tokens(model, Words(), ["<a>"])
+    folder = save(attach(model, [method, NewTokens(ids)]), "default", tmp_path / "a")
+    other = tiny("llama")
+    before = torch.get_rng_state()
+    load(other, folder)
+    detach(other, "a")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_failed_load_takes_grown_tokens_back(tmp_path):
     model = tiny("gpt2")
     ids = add_tokens(model, Words(), ["<a>"])

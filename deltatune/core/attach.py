@@ -34,6 +34,7 @@ class Method(Protocol):
 def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "default") -> nn.Module:
     """Freeze `model`, add the deltas of `method` (or of a list of methods) as `name`, make them active and trainable.
 
+    New values are drawn from torch's global generator: call torch.manual_seed first to get the same ones again.
     Raises ValueError for a bad or taken name or a target that matches nothing, Refusal where the method cannot work.
     """
     methods = tuple(method) if isinstance(method, tuple | list) else (method,)
@@ -42,7 +43,7 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
     before, focused = state.token(), state.focus
     try:
         apply(model, (), None)  # methods that read weights must see the base
-        found = [pair for m in methods for pair in m.deltas(model)]
+        found = [pair for m in methods for pair in named(m, model)]
         if not found:
             raise ValueError(f"{methods} adapts no layer of {type(model).__name__}")
         state.methods[name] = methods
@@ -57,6 +58,13 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
         end_if_empty(model)
         raise
     return model
+
+
+def named(method: Method, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
+    """The deltas of `method`, knowing what their users call them."""
+    for site, delta in method.deltas(model):
+        delta.what = type(method).__name__
+        yield site, delta
 
 
 def shift_of(found: list[tuple[Site, Delta]]) -> int:
@@ -103,6 +111,9 @@ def end_if_empty(model: nn.Module) -> None:
     state: State = getattr(model, STATE)
     if state.methods:
         return
+    if state.grown:  # only now: other adapters may have been loaded onto the grown vocabulary
+        state.grown.restore(model)
+        state.grown = None
     grads = dict(model.named_parameters())
     for key, required in state.grads.items():
         if key in grads:
@@ -148,7 +159,8 @@ def span(model: nn.Module, slot: Slot, delta: Delta) -> None:
 
 
 def detach(model: nn.Module, name: str) -> nn.Module:
-    """Take adapter `name` out. The last one out restores keys, values, requires_grad, attention and hook counts."""
+    """Take adapter `name` out. The last one out restores keys, values, requires_grad, attention and hook counts,
+    and the vocabulary that `load` grew (tokens that the user added stay)."""
     state = known(model, name)
     activate(model, *(n for n in state.active if n != name))
     take_out(model, name)
@@ -299,11 +311,20 @@ def check_owners(model: nn.Module, touched: dict[str, Slot], names: tuple[str, .
             for delta in (d for d in slot.of(name) if d.inplace):
                 for key, parameter in delta.trained(model.get_submodule(path)).items():
                     if id(parameter) in holders:
-                        raise ValueError(
-                            f"{path}.{key} is trained in place twice, by {holders[id(parameter)]!r} and by {name!r}: "
-                            "only one of them can be active at a time"
-                        )
+                        raise ValueError(twice(f"{path}.{key}", holders[id(parameter)], name))
                     holders[id(parameter)] = name
+
+
+def twice(parameter: str, first: str, second: str) -> str:
+    if first == second:
+        return (
+            f"{parameter} is trained in place twice, by two methods of {first!r}: "
+            "leave one of them out, or let their targets differ"
+        )
+    return (
+        f"{parameter} is trained in place twice, by {first!r} and by {second!r}: "
+        "only one of them can be active at a time"
+    )
 
 
 def sync_attention(model: nn.Module, state: State) -> None:
@@ -368,6 +389,7 @@ def merge(model: nn.Module, name: str = "default", inplace: bool = False) -> nn.
     activate(target, name)
     with torch.no_grad():
         values = merged_values(target, name)
+        known(target).grown = None  # the merged model keeps the tokens that were added
         for other in attached(target):
             detach(target, other)
         for (path, key), tensor in values.items():

@@ -35,6 +35,7 @@ class Delta(nn.Module):
     `conditional` parameters may legitimately see no gradient for many steps (experts, gates, heads).
     """
 
+    what = ""  # the method's name for messages; attach sets it
     conditional = False
     inplace = False  # True: trains the layer's own parameters (see core/inplace.py)
     on = False  # in-place: whether the layer holds the trained tensors now
@@ -61,8 +62,8 @@ class Delta(nn.Module):
     def merged(self, dense: Dense) -> dict[str, Tensor]:
         """{parameter name: tensor} that make the layer alone behave like layer + delta. A Refusal by default."""
         raise Refusal(
-            f"{type(self).__name__} has no equivalent weight, so it cannot be merged.",
-            found=type(self).__name__,
+            f"{self.what or type(self).__name__} has no equivalent weight, so it cannot be merged.",
+            found=self.what or type(self).__name__,
             instead="keep it attached (save and load it), or use a mergeable method: see `deltatune methods`",
         )
 

@@ -31,7 +31,7 @@ def fingerprint(model: Any, vocab: int | None = None) -> str:
     `vocab` caps embedding rows, for models that grew tokens.
     """
     inner = trunk(model)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     facts = stable(config.to_dict()) if hasattr(config, "to_dict") else {}
     facts["vocab_size"] = getattr(config, "vocab_size", None) if vocab is None else vocab
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())

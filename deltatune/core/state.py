@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .site import positions_of
 from .slot import copies, deltas
+from .vocabulary import Before
 
 STATE = "deltatune_state"  # the attribute of the model that holds its State
 
@@ -29,6 +30,7 @@ class State:
     focus: str | None = None  # the adapter that is trainable
     packing: bool = False
     attention: Any = None  # the implementation to go back to, while ours is in use
+    grown: Before | None = None  # the vocabulary to go back to, where loading an adapter grew it
     handles: list = field(default_factory=list)
 
     def token(self) -> tuple:

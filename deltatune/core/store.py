@@ -24,6 +24,7 @@ from .fingerprint import fingerprint
 from .peft_format import CONFIG, TENSORS, strict
 from .registry import build, spec, whole
 from .state import STATE, State
+from .vocabulary import grow, unseeded, vocabulary
 
 MANIFEST, OWN = "deltatune.json", "adapter.safetensors"
 OURS = (MANIFEST, OWN, TENSORS, CONFIG)
@@ -155,20 +156,19 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verif
     else:
         methods = build(found["methods"])
         check_base(model, found["base"], folder, verify)
-    grown = (found or {}).get("base", {}).get("grown_to")
-    size, known_before = vocabulary(model), set(vars(model))
-    if grown and grown > size:
-        grow(model, grown)
+    wanted = (found or {}).get("base", {}).get("grown_to") or 0
     active = known(model).active if attached(model) else ()
-    try:
-        attach(model, methods, name)
-        fill(model, name, tensors, folder, active)
-    except Exception:
-        if vocabulary(model) != size:
-            shrink(model, size)
-            for attribute in set(vars(model)) - known_before:  # resizing notes the vocabulary's size on the model
-                delattr(model, attribute)
-        raise
+    with unseeded(model):  # what is drawn here is overwritten: a load must not move the user's random numbers
+        before = grow(model, wanted) if wanted > vocabulary(model) else None
+        try:
+            attach(model, methods, name)
+            fill(model, name, tensors, folder, active)
+        except Exception:
+            if before:
+                before.restore(model)
+            raise
+    if before:
+        known(model).grown = before
     return name
 
 
@@ -212,8 +212,8 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     """Everything that loading relies on is there and of its kind; nothing outside the folder is named."""
-    base = manifest.get("base") if isinstance(manifest.get("base"), dict) else {}
-    have = {**manifest, **{f"base.{key}": value for key, value in base.items()}}
+    base = manifest.get("base")
+    have = {**manifest, **{f"base.{key}": value for key, value in (base if isinstance(base, dict) else {}).items()}}
     for key, kind in SHAPE.items():
         if not isinstance(have.get(key), kind):
             raise ValueError(f"{path} is damaged: {key!r} is missing or is no {kind.__name__}. {AGAIN}")
@@ -273,10 +273,6 @@ def check_base(model: nn.Module, base: Mapping[str, Any], folder: Path, verify: 
         )
 
 
-def vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().num_embeddings)
-
-
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 def add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> tuple[int, ...]:
     """Add `tokens` to tokenizer and model (new rows: the mean of the old); returns their ids, for NewTokens(ids)."""
@@ -285,24 +281,6 @@ def add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> tuple[int, ...]
     tokenizer.add_tokens(tokens)
     grow(model, max(len(tokenizer), vocabulary(model)))
     return tuple(int(i) for i in tokenizer.convert_tokens_to_ids(tokens))
-
-
-def grow(model: Any, size: int) -> None:
-    """Resize the vocabulary deterministically, remembering the base's own size for its fingerprint."""
-    old = vocabulary(model)
-    if size <= old:
-        return
-    model.deltatune_vocab = getattr(model, "deltatune_vocab", old)
-    model.resize_token_embeddings(size, mean_resizing=False)
-    with torch.no_grad():
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if layer is not None:
-                layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
-
-
-def shrink(model: Any, size: int) -> None:
-    """Undo `grow`; what stays is the attribute that remembers the base's own size."""
-    model.resize_token_embeddings(size, mean_resizing=False)
 
 
 def virtual_ids(model: nn.Module, name: str = "default") -> tuple[int, ...]:

@@ -1,0 +1,64 @@
+"""A base's vocabulary grown for new tokens, deterministically, and taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Before:
+    """What `grow` found: the vocabulary's size, the model's attributes, and the layers that shared its embedding."""
+
+    size: int
+    attributes: frozenset[str]
+    twins: tuple[tuple[str, nn.Embedding], ...]
+
+    def restore(self, model: Any) -> None:
+        """Take the rows out that `grow` added, and what resizing changed on the model."""
+        with unseeded(model):
+            model.resize_token_embeddings(self.size, mean_resizing=False)
+        for path, layer in self.twins:  # resizing puts one module in all their places
+            layer.weight, layer.num_embeddings = model.get_input_embeddings().weight, self.size
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, layer)
+        for attribute in ("deltatune_vocab", "vocab_size"):
+            if attribute in vars(model) and attribute not in self.attributes:
+                delattr(model, attribute)
+
+
+def found(model: Any) -> Before:
+    main = model.get_input_embeddings()
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not main]
+    twins = tuple((path, m) for path, m in layers if m.weight is getattr(main, "weight", None))
+    return Before(vocabulary(model), frozenset(vars(model)), twins)
+
+
+def vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def grow(model: Any, size: int) -> Before:
+    """Resize the vocabulary to `size` (new rows: the mean of the old), remembering the base's own."""
+    old, before = vocabulary(model), found(model)
+    if size <= old:
+        return before
+    model.deltatune_vocab = getattr(model, "deltatune_vocab", old)
+    with unseeded(model), torch.no_grad():
+        model.resize_token_embeddings(size, mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
+    return before
+
+
+@contextmanager
+def unseeded(model: nn.Module) -> Iterator[None]:
+    """The global random number generators leave the block as they entered it."""
+    with torch.random.fork_rng(sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})):
+        yield
