@@ -251,6 +251,7 @@ MISTAKES = [
     (LoRA, {"r": True}, "got True"),
     (LoRA, {"alpha": float("nan")}, "LoRA alpha must be a finite number > 0, got nan"),
     (LoRA, {"alpha": float("inf")}, "got inf"),
+    (LoRA, {"alpha": -(10**400)}, "LoRA alpha must be a finite number > 0, got -1000"),
     (LoRA, {"alpha": -1}, "got -1"),
     (LoRA, {"alpha": 0}, "got 0"),
     (LoRA, {"alpha": "16"}, "got '16'"),

@@ -91,7 +91,8 @@ def whole(what: str, value: Any, least: int = 1) -> None:
 
 def finite(what: str, value: Any, above: float = -math.inf) -> None:
     """ValueError unless `value` is a finite number greater than `above`."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not above < float(value) < math.inf:
+    number: Any = value  # compared as it is: a huge int has no float
+    if isinstance(value, bool) or not isinstance(value, Real) or not above < number < math.inf:
         bound = f" > {above:g}" if above > -math.inf else ""
         raise ValueError(f"{what} must be a finite number{bound}, got {value!r}")
 
