@@ -10,7 +10,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from deltatune.marks import read_file
 
 INDEX_SECONDS = 8.0  # how long an unreachable package index is waited for
 PACKAGES = ("torch", "transformers", "safetensors", "datasets", "peft")
-JSON_FILES = ("env.json", "eval.json", "verified.json")
+JSON_FILES = ("env.json", "eval.json", "verified.json", "summary.json")
+GONE = "the run is finished and should have it: delete eval.json, and resume writes it anew"
 NEEDED_GB = 2.0  # a small model, its data and a few checkpoints
 
 
@@ -197,10 +198,28 @@ def environment() -> list[Check]:
 
 def run_folder(folder: Path) -> list[Check]:
     """Whether the files of a run are readable, its adapter whole and its checkpoints valid."""
-    return [config_file(folder), *json_files(folder), journal(folder), *adapter(folder), *checkpoints(folder)]
+    looks = {
+        "config.yaml": config_file,
+        "run": json_files,
+        "metrics.jsonl": journal,
+        "adapter": adapter,
+        "checkpoints": checkpoints,
+    }
+    return [check for name, look in looks.items() for check in guarded(name, look, folder)]
 
 
-def config_file(folder: Path) -> Check:
+def guarded(name: str, look: Callable[[Path], Iterable[Check]], folder: Path) -> list[Check]:
+    """What `look` finds; whatever it stumbles over is a finding, and the other checks go on."""
+    found = []
+    try:
+        for check in look(folder):
+            found.append(check)
+    except Exception as error:  # damage takes any shape
+        found.append(Check(name, "damaged", False, f"{type(error).__name__}: {error}"))
+    return found
+
+
+def config_file(folder: Path) -> Iterator[Check]:
     """config.yaml reads as a configuration of this version."""
     from deltatune.config import load
 
@@ -208,8 +227,9 @@ def config_file(folder: Path) -> Check:
         read_file(folder / "config.yaml")
         load(folder / "config.yaml")
     except (ValueError, OSError) as error:
-        return Check("config.yaml", "does not load", False, str(error))
-    return Check("config.yaml", "loads", True)
+        yield Check("config.yaml", "does not load", False, str(error))
+    else:
+        yield Check("config.yaml", "loads", True)
 
 
 def json_files(folder: Path) -> Iterator[Check]:
@@ -217,21 +237,26 @@ def json_files(folder: Path) -> Iterator[Check]:
     for name in JSON_FILES:
         path = folder / name
         if not path.is_file():
-            yield Check(name, "not there", None, "written by a finished run")
+            ended = name != "eval.json" and (folder / "eval.json").is_file()
+            yield Check(name, "not there", False if ended else None, GONE if ended else "written by a finished run")
             continue
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError(f"no JSON object: {str(found)[:60]}")
         except (ValueError, OSError) as error:
             yield Check(name, "damaged", False, str(error))
         else:
-            yield Check(name, "readable", True)
+            failed = name == "verified.json" and found.get("status") == "unverified"
+            yield Check(name, "a check failed" if failed else "readable", not failed, "see report.md" * failed)
 
 
-def journal(folder: Path) -> Check:
+def journal(folder: Path) -> Iterator[Check]:
     """metrics.jsonl has whole lines only; a torn last one is what a crash leaves, and resume mends it."""
     path = folder / "metrics.jsonl"
     if not path.is_file():
-        return Check(path.name, "not there", None)
+        yield Check(path.name, "not there", None)
+        return
     bad, count = [], 0
     with path.open("rb") as file:
         for count, line in enumerate(file, 1):
@@ -240,9 +265,10 @@ def journal(folder: Path) -> Check:
             except ValueError:
                 bad.append(count)
     if not bad:
-        return Check(path.name, f"{count} lines", True)
+        yield Check(path.name, f"{count} lines", True)
+        return
     torn = bad == [count]
-    return Check(path.name, f"line {bad[0]} of {count} is no JSON", None if torn else False, "resume mends it" * torn)
+    yield Check(path.name, f"line {bad[0]} of {count} is no JSON", None if torn else False, "resume mends it" * torn)
 
 
 def adapter(folder: Path) -> Iterator[Check]:

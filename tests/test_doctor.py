@@ -47,13 +47,28 @@ def whole_run(folder):
     """A run folder with everything in it, as small as can be."""
     folder.mkdir()
     (folder / "config.yaml").write_text("model: m\ndata: d\n")
-    for name in ("env", "eval", "verified"):
+    for name in ("env", "eval", "verified", "summary"):
         (folder / f"{name}.json").write_text("{}")
     (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     store = Store(folder / "checkpoints")
     for step in (1, 2):
         store.save(Snapshot(step, {"w": torch.ones(2)}, {}, {}))
     return folder
+
+
+def torn_adapter(folder):
+    """An adapter of another library whose tensors are cut off."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / "adapter_model.safetensors").write_bytes(b"\x40\x00\x00")
+
+
+def test_a_check_that_stumbles_is_a_finding_and_the_others_go_on(tmp_path, monkeypatch):
+    folder = whole_run(tmp_path / "run")
+    monkeypatch.setattr("deltatune.doctor.journal", lambda folder: [][0])
+    found = {check.name: check for check in run_folder(folder)}
+    assert (found["metrics.jsonl"].ok, found["metrics.jsonl"].note[:10]) == (False, "IndexError")
+    assert "ckpt-00000002" in found
 
 
 DAMAGE = [
@@ -65,13 +80,17 @@ DAMAGE = [
         "did you mean",
     ),
     ("eval.json", "eval.json", lambda p: p.write_text("{"), False, "Expecting"),
-    ("env.json", "env.json", lambda p: p.unlink(), None, "written by a finished run"),
+    ("eval.json", "eval.json", lambda p: p.write_text("[]"), False, "no JSON object"),
+    ("eval.json", "eval.json", lambda p: p.unlink(), None, "written by a finished run"),
+    ("summary.json", "summary.json", lambda p: p.unlink(), False, "resume writes it anew"),
+    ("verified.json", "verified.json", lambda p: p.write_text('{"status": "unverified"}'), False, "see report.md"),
     ("metrics.jsonl", "metrics.jsonl", lambda p: p.write_text('{"a": 1}\n{"b"'), None, "resume mends it"),
     ("metrics.jsonl", "metrics.jsonl", lambda p: p.write_text('{"b"\n{"a": 1}\n'), False, ""),
     ("checkpoints/ckpt-00000002/state.json", "ckpt-00000002", lambda p: p.write_text("{ }"), False, "state.json"),
     ("checkpoints/ckpt-00000001/manifest.json", "ckpt-00000001", lambda p: p.unlink(), False, "manifest.json"),
     ("checkpoints/ckpt-00000003.tmp-1", "ckpt-00000003.tmp-1", lambda p: p.mkdir(), None, "next resume removes it"),
     ("adapter", "adapter", lambda p: p.mkdir(), False, "no adapter folder"),
+    ("adapter", "adapter", lambda p: torn_adapter(p), False, "adapter_model.safetensors"),
 ]
 
 
