@@ -8,6 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from deltatune.cli import main
+from deltatune.commands.adapted import question
+from deltatune.data.example import Example, Turn
 from models import enliven, tiny
 from tiny_tokenizers import CHATML, byte_level
 
@@ -83,8 +85,18 @@ def test_prompts_and_rows_are_answered(made):
     one = answer("generate", *words, "--prompt", "say 1")
     assert len(one["answers"]) == 1
     rows = answer("generate", *words, "--data", made / "rows.jsonl")
-    assert [row["prompt"].rpartition(":")[2] for row in rows["answers"]] == list("12345678")
+    assert [row["where"].rpartition(":")[2] for row in rows["answers"]] == list("12345678")
+    assert [row["prompt"] for row in rows["answers"]] == [f"say {n}" for n in range(8)]
+    assert (one["answers"][0]["prompt"], one["answers"][0]["where"]) == ("say 1", None)
     assert "\x1b" not in call("generate", *words, "--prompt", "say 1").stdout
+
+
+def test_the_question_of_a_row_is_its_text():
+    turns = (Turn("system", "be kind"), Turn("user", "hi"), Turn("assistant", "hello"))
+    assert question(Example("f:1", turns=turns)) == "system: be kind\n\nuser: hi"
+    assert question(Example("f:1", turns=turns[1:])) == "hi"
+    assert question(Example("f:1", prompt="a", completion="b")) == "a"
+    assert question(Example("f:1", text="plain")) == "plain"
 
 
 def test_a_piped_conversation_compares_base_and_adapter(made):
@@ -99,7 +111,9 @@ def test_a_piped_conversation_compares_base_and_adapter(made):
 
 def test_a_merged_folder_is_an_ordinary_model(made, tmp_path):
     out = tmp_path / "merged"
-    assert answer("merge", made / "run", "--out", out) == {"merged": str(out), "adapter": str(made / "run")}
+    done = call("merge", made / "run", "--out", out, "--json")
+    assert json.loads(done.stdout) == {"merged": str(out), "adapter": str(made / "run")}
+    assert "it/s" not in done.stderr
     data = made / "rows.jsonl"
     merged = answer("eval", "--model", out, "--data", data, "--set", "eval.max_new_tokens=4")
     tuned = answer("eval", "--adapter", made / "run", "--data", data, "--set", "eval.max_new_tokens=4")

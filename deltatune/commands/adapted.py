@@ -97,6 +97,14 @@ def prompts_of(ref: str) -> list[Any]:
     return found
 
 
+def question(example: Any) -> str:
+    """The text of a row that is answered: its prompt, or the turns before the last answer, one paragraph each."""
+    if not example.turns:
+        return str(example.prompt if example.prompt is not None else example.text or "")
+    turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
+    return turns[0].content if len(turns) == 1 else "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+
+
 @main.command()
 def generate(
     model: Model = None,
@@ -123,15 +131,19 @@ def generate(
     ready = [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in asked]
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     found = answers(loaded, tokenizer, ready, decoding)
-    where = [getattr(p, "where", "") or p for p in asked]
+    where = [getattr(p, "where", "") for p in asked]
     if machine():
-        rows = [{"prompt": str(w), "answer": text} for w, text in zip(where, found.texts, strict=True)]
+        texts = [p if isinstance(p, str) else question(p) for p in asked]
+        rows = [
+            {"where": place or None, "prompt": text, "answer": answer}
+            for place, text, answer in zip(where, texts, found.texts, strict=True)
+        ]
         cost = {"tokens": found.tokens, "seconds": found.seconds, "cut": found.cut}
         emit({"answers": rows, **cost})
         return
-    for source, text in zip(where, found.texts, strict=True):
+    for source, place, text in zip(asked, where, found.texts, strict=True):
         if len(asked) > 1:
-            screen().print(f"# {plain(str(source))}", markup=False, style="dim", soft_wrap=True)
+            screen().print(f"# {plain(place or str(source))}", markup=False, style="dim", soft_wrap=True)
         screen().print(plain(text), markup=False, soft_wrap=True)
 
 
@@ -148,14 +160,16 @@ def merge(
     loaded, tokenizer, _ = opened(model, adapter)
     from deltatune.core.attach import attached
     from deltatune.core.attach import merge as merged
+    from deltatune.objectives.common import quiet
 
     (name,) = attached(loaded)
     whole: Any = merged(loaded, name)
     # A folder that is there is whole: written beside its place, then renamed.
     part = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex}")
     try:
-        whole.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        with quiet():
+            whole.save_pretrained(part)
+            tokenizer.save_pretrained(part)
         if out.exists():
             out.rmdir()
         part.rename(out)
