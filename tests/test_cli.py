@@ -276,7 +276,9 @@ MEASURED = {"metric": "accuracy", "before": {"loss": 2.0, "accuracy": 0.25}, "af
 
 
 def test_runs_are_listed_with_what_they_changed(tmp_path):
-    make_run(tmp_path / "good", eval=MEASURED)
+    make_run(tmp_path / "good", eval=MEASURED, verified={"status": "done"})
+    make_run(tmp_path / "bare", eval=MEASURED)
+    make_run(tmp_path / "begun", verified={"status": "done"})  # checked, never measured after training
     (make_run(tmp_path / "half") / "checkpoints" / "ckpt-00000003").mkdir(parents=True)
     make_run(tmp_path / "new", eval={"metric": "accuracy", "before": {"accuracy": 0.5}})
     (make_run(tmp_path / "odd") / "eval.json").write_text("{")
@@ -285,6 +287,8 @@ def test_runs_are_listed_with_what_they_changed(tmp_path):
     records = {record["name"]: record for record in json.loads(call("runs", str(tmp_path), "--json").stdout)}
     assert {name: record["status"] for name, record in records.items()} == {
         "good": "done",
+        "bare": "unverified",
+        "begun": "unfinished",
         "half": "unfinished",
         "new": "empty",
         "odd": "empty",
