@@ -18,6 +18,7 @@ from deltatune.config import Eval, Override, dump, load
 from deltatune.core.attach import attached, known
 from deltatune.core.delta import Refusal
 from deltatune.data.problems import BadRow
+from deltatune.train.checkpoint import Store
 from deltatune.train.run import evaluate_file, open_adapted, plan, resume, run
 
 FILES = [
@@ -234,6 +235,15 @@ def test_another_run_is_not_gone_on_with(made, cut, tmp_path, key, value, said):
         resume(folder)
     assert f"deltatune resume {folder} --restart" in str(error.value)
     assert {name: (folder / name).read_bytes() for name in was} == was
+
+
+def test_discarded_checkpoints_let_another_run_begin(made, cut, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(cut, folder)
+    edit(folder, "data.train", [str(made / "chat-eval.jsonl")])
+    Store(folder / "checkpoints").discard()
+    assert resume(folder).status == "done"
+    assert read(folder, "env.json")["data"]["train"]["rows"] == 6
 
 
 def edit(folder: Path, key: str, value) -> None:
