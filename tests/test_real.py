@@ -1,6 +1,7 @@
 """End to end on a real language model: SmolLM2-135M learns addresses as JSON, and real peft loads what was saved."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ def test_a_real_model_is_tuned_verified_and_read_by_peft(made, tmp_path, capsys)
     ours = ours.float()
     ids = tokenizer("1600 Pennsylvania Ave NW, Washington, DC 20500", return_tensors="pt")["input_ids"]
     plain = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is to go
         mine, base = ours(ids).logits, plain(ids).logits
         theirs = PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").eval()(ids).logits
     assert (mine - theirs).abs().max() <= 1e-3
