@@ -98,10 +98,7 @@ class Encoder:
 
     @cached_property
     def edges(self) -> tuple[list[int], list[int]]:
-        """The special ids the tokenizer itself puts before and after a text."""
-        inner, full = self.tokens("a"), self.tokenizer("a")["input_ids"]
-        at = next(i for i in range(len(full)) if full[i : i + len(inner)] == inner)
-        return full[:at], full[at + len(inner) :]
+        return edges(self.tokenizer)
 
     @cached_property
     def eos(self) -> int:
@@ -293,6 +290,13 @@ class Encoder:
         keep = len(before) if self.options.truncate == "left" and ids[: len(before)] == before else 0
         left = self.options.truncate
         return tuple([*row[:keep], *_sided(row[keep:], room - keep, left)] for row in (ids, labels))  # type: ignore[return-value]
+
+
+def edges(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special ids the tokenizer itself puts before and after a text."""
+    inner, full = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    at = next(i for i in range(len(full)) if full[i : i + len(inner)] == inner)
+    return full[:at], full[at + len(inner) :]
 
 
 def _sided(row: list[int], room: int, side: str) -> list[int]:

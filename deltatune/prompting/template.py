@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..data.encode import edges
 from ..data.example import Example
 from ..data.problems import nearest
 
@@ -100,14 +101,6 @@ class Filler:
             before.pop()
         # the space before the gap belongs to the answer's first token
         return [*before[:-1], (stripped, before[-1][1])] if before else []
-
-
-def edges(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The special ids the tokenizer itself puts before and after a text."""
-    inner = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    at = next((i for i in range(len(full)) if full[i : i + len(inner)] == inner), 0)
-    return full[:at], full[at + len(inner) :]
 
 
 def fit(tokens: Callable[[str], list[int]], pieces: Sequence[tuple[str, bool]], room: int | None) -> str:
