@@ -361,3 +361,47 @@ def test_a_soft_prompt_steers_by_itself_and_not_when_it_is_off() -> None:
     assert "".join(stream(model, TOK, PROMPTS[0], SHORT)) == steered[0]
     with disabled(model):
         assert answers(model, TOK, PROMPTS, SHORT).texts == base
+
+
+def test_the_cache_grows_in_place_and_survives_reordering(llama) -> None:
+    """Views of one buffer while it has room; beams reordered, repeated or cropped still read right."""
+    from deltatune.evaluate.cache import AHEAD, Roomy
+
+    layer, plain, torch_layer = Roomy(), [], torch.Generator().manual_seed(0)
+
+    def step(rows: int, new: int) -> None:
+        keys, values = (torch.randn(rows, 2, new, 4, generator=torch_layer) for _ in range(2))
+        plain[:] = (
+            [torch.cat([a, b], 2) for a, b in zip(plain, (keys, values), strict=True)] if plain else [keys, values]
+        )
+        assert all(torch.equal(a, b) for a, b in zip(layer.update(keys, values), plain, strict=True))
+
+    step(2, 5)
+    place = layer.buffers[0].data_ptr()
+    for _ in range(AHEAD):
+        step(2, 1)
+    assert layer.buffers[0].data_ptr() == place
+    step(2, 1)  # full: moved
+    for change in (
+        lambda x: x.reorder_cache(torch.tensor([1, 1])),
+        lambda x: x.batch_select_indices(torch.tensor([1, 0])),
+        lambda x: x.crop(-3),
+    ):
+        change(layer)
+        plain[:] = [layer.keys.clone(), layer.values.clone()]
+        kept = [t.clone() for t in plain]
+        step(2, 2)
+        assert all(torch.equal(a[:, :, : k.shape[2]], k) for a, k in zip(plain, kept, strict=True))
+    layer.batch_repeat_interleave(3)
+    plain[:] = [t.repeat_interleave(3, 0) for t in plain]
+    step(6, 1)
+
+
+def test_batches_fit_the_memory_a_model_needs_per_token(llama) -> None:
+    from deltatune.evaluate.cache import CACHE_BYTES, MOST_TOKENS, room
+
+    config = llama.config
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    assert room(llama) == min(MOST_TOKENS, CACHE_BYTES // token)
+    for family in ("gpt2", "t5", "bart", "neox"):
+        assert room(tiny(family)) == MOST_TOKENS

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from ..core.state import STATE, State
 from ..core.store import virtual_ids
+from .cache import prefilled, room, shared
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How text is generated: greedy at temperature 0, else sampled from a private generator of `seed`.
 
-    batch_tokens: rows x (longest prompt + max_new_tokens) of one batch stays below it. stop: strings that end an answer
-    and are cut off. prompt_ids: virtual ids put before every prompt of a decoder, or of an encoder; None: those of the
-    active adapters' soft prompts.
+    batch_tokens: rows x (longest prompt + max_new_tokens) of one batch stays below it (None: what `cache.room` of this
+    model says). stop: strings that end an answer and are cut off. prompt_ids: virtual ids put before every prompt of a
+    decoder, or of an encoder; None: those of the active adapters' soft prompts.
     top_k 0 and top_p 1 mean off; repetition_penalty sees real tokens only, never padding or virtual ids.
     """
 
@@ -32,7 +33,7 @@ class Decoding:
     beams: int = 1
     repetition_penalty: float = 1.0
     seed: int = 0
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     stop: tuple[str, ...] = ()
     prompt_ids: tuple[int, ...] | None = None
 
@@ -93,7 +94,7 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[Any], settings: Decodi
     found: list[list[int]] = [[] for _ in rows]
     start = time.perf_counter()
     with evaluating(model), private_rng(model.device, settings.seed):
-        for group in grouped([len(r) for r in rows], settings.max_new_tokens, settings.batch_tokens):
+        for group in grouped([len(r) for r in rows], settings.max_new_tokens, settings.batch_tokens or room(model)):
             for i, new in zip(group, _batch(model, tokenizer, [rows[i] for i in group], settings), strict=True):
                 found[i] = new
     seconds = time.perf_counter() - start
@@ -375,30 +376,10 @@ def _batch(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: 
     if settings.stop:
         more["stopping_criteria"] = _list("StoppingCriteriaList", Stop(tokenizer, settings.stop, skip))
     with _defaults(model, _config(model, tokenizer, settings)), torch.no_grad():
-        if start:
-            more["past_key_values"] = model(input_ids=ids[:1, :start], use_cache=True).past_key_values
-            more["past_key_values"].batch_repeat_interleave(len(rows))
+        if not seq2seq and model._supports_default_dynamic_cache():
+            more["past_key_values"] = prefilled(model, ids[:, :start])
         out = model.generate(input_ids=ids, attention_mask=mask, **more)
     return out[:, skip:].tolist()
-
-
-SHARED = 48  # tokens: from here on a common beginning (an instruction, demonstrations) is computed once for all rows
-
-
-def shared(model: Any, rows: Sequence[Sequence[int]]) -> int:
-    """How many tokens all rows begin with, where computing them once pays and is exact; else 0.
-
-    Padding then stands between the common beginning and each row's own part, which a sliding window would count; and
-    rows on different adapters do not share a cache.
-    """
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    state: State | None = getattr(model, STATE, None)
-    if len(rows) < 2 or window is not None or (state is not None and state.rows is not None):
-        return 0
-    most = min(map(len, rows)) - 1  # every row keeps a token of its own to start from
-    first, last = min(map(tuple, rows)), max(map(tuple, rows))
-    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
-    return min(same, most) if min(same, most) >= SHARED else 0
 
 
 def _list(kind: str, item: Any) -> Any:
