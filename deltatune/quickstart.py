@@ -93,7 +93,6 @@ def prompts(train: list[dict[str, Any]]) -> dict[str, list[dict[str, str]]]:
     asked = {"role": "system", "content": INSTRUCTION}
     shown = shots([r["messages"] for r in train])
     return {
-        "as tuned": [{"role": "system", "content": TASK}],
         "zero-shot": [asked],
         f"{SHOTS}-shot": [asked, *(turn for messages in shown for turn in messages[1:])],
     }

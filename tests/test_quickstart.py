@@ -92,7 +92,7 @@ def test_a_row_is_a_chat(tmp_path: Path) -> None:
 def test_prompts_show_different_rows_of_the_training_data(tmp_path: Path) -> None:
     train, _ = quickstart.split(xml(tmp_path / "labels.xml", 200))
     asked = quickstart.prompts(train)
-    assert list(asked) == ["as tuned", "zero-shot", f"{quickstart.SHOTS}-shot"]
+    assert list(asked) == ["zero-shot", f"{quickstart.SHOTS}-shot"]
     shown = [turn["content"] for turn in asked[f"{quickstart.SHOTS}-shot"] if turn["role"] == "user"]
     assert len(set(shown)) == quickstart.SHOTS
     assert set(shown) <= {r["messages"][1]["content"] for r in train}

@@ -345,6 +345,12 @@ def packing(model: nn.Module, on: bool = True) -> None:
     end_if_empty(model)
 
 
+def takes_packed(model: nn.Module) -> bool:
+    """Whether packing is on."""
+    state: State | None = getattr(model, STATE, None)
+    return state is not None and state.packing
+
+
 @contextmanager
 def restored(model: nn.Module) -> Iterator[nn.Module]:
     """Whatever is switched inside is switched back on leaving."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..core.attach import takes_packed
 from ..data.batch import Batching, plan
 from ..data.encode import Encoded
 from ..data.example import Example
@@ -73,11 +74,12 @@ def mean_loss(job: Job, rows: Sequence[Encoded]) -> float:
 
 
 def batches(job: Job, rows: Sequence[Encoded]) -> Any:
-    """Padded batches of like length, longest rows too."""
+    """Batches of like length, longest rows too: packed inside a run that packs, else padded."""
     lengths = [max(len(r.ids), len(r.labels or ())) for r in rows]
     room = max(BATCH_TOKENS, max(lengths, default=1))
-    for group in plan(lengths, Batching(tokens=room, group=True)):
-        yield job.batch([rows[i] for i in group], packs=False)
+    packs = takes_packed(job.model)
+    for group in plan(lengths, Batching(tokens=room, packing=packs, group=not packs)):
+        yield job.batch([rows[i] for i in group], packs)
 
 
 def predict(job: Job, examples: Sequence[Example]) -> tuple[list[Any], float]:

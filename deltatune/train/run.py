@@ -88,7 +88,7 @@ def quickstart_config() -> Config:
         method={"lora": {"r": 8, "targets": ["all"]}},
         data={"train": str(files["train"]), "eval": str(files["eval"])},
         train=settings,
-        eval={"max_new_tokens": 72},
+        eval={"max_new_tokens": 76, "rows": 40},
     )
     return resolve(given).config
 
