@@ -27,22 +27,16 @@ from deltatune.methods import METHODS, build
 from models import FAMILIES, inputs, tiny
 from refusals import NEVER_PEFT, NO_PEFT_FORM, REFUSED, ROWLESS, UNMERGEABLE
 
-VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
-    "lora": [{"lora": {"r": 4}}],
-    "ia3": [{"ia3": {}}],
-    "adapter": [{"adapter": {"bottleneck": 4}}],
-    "parallel": [{"adapter": {"bottleneck": 4, "form": "parallel", "scale": 4.0}}],
-    "prefix": [{"prefix": {"length": 3}}],
-    "prompt": [{"prompt": {"length": 3}}],
-    "tokens": [{"tokens": {"ids": [5, 7]}}],
-    "bitfit": [{"bitfit": {}}],
-    "freeze": [{"freeze": {"last": 1}}],
-    "full": [{"full": {}}],
-    "head": [{"head": {}}],
+UNIONS: dict[str, list[dict[str, dict[str, Any]]]] = {
     "mam": [{"prefix": {"length": 3}}, {"adapter": {"bottleneck": 4, "form": "parallel", "where": ["ffn"]}}],
     "lora+ia3": [{"lora": {"r": 2, "targets": ["v", "down"]}}, {"ia3": {}}],
     "prefix+head": [{"prefix": {"length": 3}}, {"head": {}}],
     "lora+head": [{"lora": {"r": 2, "targets": ["q", "v"]}}, {"head": {}}],
+}
+# every registered method in every form it names, and unions: a new method needs no line here
+VARIANTS: dict[str, list[dict[str, dict[str, Any]]]] = {
+    **{form or name: [{name: dict(fields)}] for name, m in METHODS.items() for form, fields in m.tiny.items()},
+    **UNIONS,
 }
 CLASSIFIERS = ("head", "lora+head", "prefix+head")  # variants that need a task head
 OTHER_LENGTH = {"prefix": 2, "mam": 2}  # the second adapter of a mixed batch has a shorter prefix

@@ -46,6 +46,9 @@ class Low(nn.Module):
     def penalty(self) -> Tensor | None:
         return self.strength * self.lora_A.square().sum() if self.strength else None
 
+    def begin(self, steps: int) -> None:
+        self.planned = steps
+
     def after_step(self, step: int) -> None:
         self.steps.append(step)
         self.seen = {name: p.grad.clone() for name, p in self.named_parameters() if p.grad is not None}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
-from .delta import SLOT, Delta, Dense, Refusal, overrides
+from .delta import SLOT, Delta, Dense, Given, Refusal, overrides
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
 from .quant import dense, write
@@ -25,7 +25,11 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class Method(Protocol):
-    """A frozen dataclass whose fields are the paper's hyper-parameters."""
+    """A frozen dataclass whose fields are the paper's hyper-parameters.
+
+    Two more, where a method needs them: `bind(tokenizer)` -> the method with its words as token ids, and
+    `prepare(model, deltas, given)` for what must see training rows before step 1.
+    """
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]: ...
 
@@ -63,8 +67,20 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
 def named(method: Method, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
     """The deltas of `method`, knowing what their users call them."""
     for site, delta in method.deltas(model):
-        delta.what = type(method).__name__
+        delta.what = delta.what or type(method).__name__
+        delta.method = method
         yield site, delta
+
+
+def prepare(model: nn.Module, name: str, given: Given) -> None:
+    """Let the methods of adapter `name` look at training rows, where they ask for it and have not done so yet."""
+    waiting: dict[int, list[Delta]] = {}
+    for _, delta in each(model, name):
+        if not delta.ready:
+            waiting.setdefault(id(delta.method), []).append(delta)
+    for found in waiting.values():
+        found[0].method.prepare(model, found, given)
+    focus(model, name)
 
 
 def shift_of(found: list[tuple[Site, Delta]]) -> int:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -29,6 +32,15 @@ class Dense:
     bias: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Given:
+    """What a method may look at before step 1: `losses()` gives the loss of one batch of training rows after another,
+    each a scalar with its graph; `seed` for what is drawn."""
+
+    losses: Callable[[], Iterator[Tensor]]
+    seed: int = 0
+
+
 class Delta(nn.Module):
     """One change to one frozen layer. Override what the method needs; the defaults change nothing.
 
@@ -39,9 +51,12 @@ class Delta(nn.Module):
     conditional = False
     inplace = False  # True: trains the layer's own parameters (see core/inplace.py)
     on = False  # in-place: whether the layer holds the trained tensors now
+    rates: Mapping[str, float] = MappingProxyType({})  # own parameter -> multiple of the run's learning rate
+    ready = True  # False: `prepare` must see training rows first
     tied = False  # True: merging into a weight that other layers share is what is meant
     site: Site  # where attach put this delta
     tap: Any = None  # a span's reading end
+    method: Any = None  # the method it came from
 
     def before(self, layer: nn.Module, x: Tensor) -> Tensor:
         """x [*, d_in] -> the x the layer will read."""
@@ -71,8 +86,23 @@ class Delta(nn.Module):
         """A scalar added to every step's loss, or None."""
         return None
 
+    def begin(self, steps: int) -> None:
+        """Called when training of `steps` steps begins, and on resume before the state is put back."""
+
     def after_step(self, step: int) -> None:
-        """Called after optimizer step `step` (from 1)."""
+        """Called after optimizer step `step` (from 1), while the parameters still hold its gradients."""
+
+    def state_extra(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the parameters: the buffers."""
+        own = dict(self.named_buffers(recurse=True))
+        return {name: tensor.detach() for name, tensor in own.items()}
+
+    def load_extra(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state_extra` gave."""
+        own = dict(self.named_buffers(recurse=True))
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
 
     def fold(self) -> None:
         """Drop a training-time reparametrisation, keeping the function the same."""
@@ -83,6 +113,15 @@ class Delta(nn.Module):
     def stored(self, layer: nn.Module) -> dict[str, Tensor]:
         """What save writes: everything trained, and the buffers that go with it."""
         return {n: t.detach() for n, t in self.state_dict().items()}
+
+    def take_form(self, tensors: Mapping[str, Tensor]) -> None:
+        """Become what was stored: folded, pruned, resized. Called by load before the tensors are put in."""
+
+    def put(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Put what `stored` gave back."""
+        with torch.no_grad():
+            for name, tensor in self.stored(layer).items():
+                tensor.copy_(tensors[name])
 
     def trained(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         """What the optimizer gets, by the names of `stored`."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import nn
 
 from .delta import Refusal
@@ -29,38 +31,13 @@ class Entry:
     peft: str | None  # the peft type its saved form follows, None where peft lacks it
     lr: float  # a learning rate to start from
     identity: bool  # the adapted model equals the base before training
+    tiny: Mapping[str, Mapping[str, Any]]  # forms that tiny models can carry, by name ("": the method's own): for tests
 
 
 METHODS: dict[str, Entry] = {}
 PRESETS: dict[str, dict[str, Any]] = {
-    "houlsby": {
-        "note": "two adapters in each block",
-        "paper": "1902.00751",
-        "method": [{"adapter": {"bottleneck": 64}}],
-    },
-    "parallel-adapter": {
-        "note": "scaled parallel adapter beside the feed-forward layer, s = 4",
-        "paper": "2110.04366",
-        "method": [{"adapter": {"bottleneck": 512, "form": "parallel", "where": ["ffn"], "scale": 4.0}}],
-    },
-    "mam": {
-        "note": "mix-and-match: prefix 30 on attention, scaled parallel adapter 512 on the feed-forward layer",
-        "paper": "2110.04366",
-        "method": [
-            {"prefix": {"length": 30}},
-            {"adapter": {"bottleneck": 512, "form": "parallel", "where": ["ffn"], "scale": 4.0}},
-        ],
-    },
-    "lora-qv": {
-        "note": "the paper's LoRA: query and value only",
-        "paper": "2106.09685",
-        "method": [{"lora": {"targets": ["q", "v"]}}],
-    },
-    "norm-tuning": {
-        "note": "only the norms' weights",
-        "paper": "2312.11420",
-        "method": [{"freeze": {"names": [r".*[nN]orm.*|.*\.ln_\d.*"]}}],
-    },
+    file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
+    for file in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))
 }
 
 
@@ -68,7 +45,7 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
     """Register a frozen dataclass as a method: @method("ia3", paper="2205.05638", kind="rescale", peft="IA3", ...)."""
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} of method {name!r}: choose from {', '.join(KINDS)}")
-    known = {"mergeable": False, "peft": None, "lr": 1e-3, "identity": True}
+    known = {"mergeable": False, "peft": None, "lr": 1e-3, "identity": True, "tiny": {"": {}}}
 
     def register(cls: type) -> type:
         METHODS[name] = Entry(name, cls, paper, kind, **{**known, **facts})
@@ -122,7 +99,8 @@ def build_one(name: str, fields: dict[str, Any]) -> Any:
     for key in fields:
         if key not in have:
             raise ValueError(f"method {name!r} has no field {key!r}.{nearest(key, have)} Its fields: {', '.join(have)}")
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    inner = {f.name for f in dataclasses.fields(cls) if f.metadata.get("methods")}
+    return cls(**{k: build(v) if k in inner else tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def spec(methods: Sequence[Any]) -> list[dict[str, dict[str, Any]]]:
@@ -131,6 +109,8 @@ def spec(methods: Sequence[Any]) -> list[dict[str, dict[str, Any]]]:
 
 
 def plain(value: Any) -> Any:
+    if hasattr(value, "method_name"):
+        return spec([value])[0]
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
@@ -151,6 +131,8 @@ def form(cls: type) -> dict[str, Any]:
     """A configuration class as data: its first line, and every field with type and default."""
     shown = [f for f in dataclasses.fields(cls) if not f.metadata.get("internal")]
     fields = {f.name: {"type": str(f.type), "default": default_of(f)} for f in shown}
+    for f in (f for f in shown if f.metadata.get("methods")):
+        fields[f.name]["methods"] = True
     return {"doc": (cls.__doc__ or "").strip().splitlines()[0], "fields": fields}
 
 

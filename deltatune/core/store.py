@@ -12,14 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..methods.prompt import Rows
 from . import peft_format
-from .attach import activate, attach, attached, detach, each, known
+from .attach import activate, attach, attached, detach, each, focus, known
 from .fingerprint import fingerprint
 from .peft_format import CONFIG, TENSORS, strict
 from .registry import build, spec, whole
@@ -46,11 +45,15 @@ def state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
 
 def load_state(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy `tensors` into adapter `name`. ValueError when one is missing, unexpected or of another shape."""
-    ours = state(model, name)
-    strict(ours, tensors)
-    with torch.no_grad():
-        for key, tensor in ours.items():
-            tensor.copy_(tensors[key])
+    strict(state(model, name), tensors)
+    for layer, delta in each(model, name):
+        delta.put(layer, own(delta, tensors))
+
+
+def own(delta: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """One delta's tensors out of an adapter's, by its own names."""
+    start = f"{delta.site.key}."
+    return {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------
@@ -175,7 +178,11 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verif
 def fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path, active: tuple[str, ...]) -> None:
     """Copy the folder's tensors into the adapter just attached, or take it out again."""
     try:
-        load_state(model, name, canonical(model, name, tensors, folder))
+        found = canonical(model, name, tensors, folder)
+        for _, delta in each(model, name):
+            delta.take_form(own(delta, found))
+        load_state(model, name, found)
+        focus(model, name)
     except Exception:
         detach(model, name)
         if active:

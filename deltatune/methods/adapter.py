@@ -17,7 +17,13 @@ FORMS = ("sequential", "parallel")
 ACTS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": F.tanh}
 
 
-@method("adapter", paper="1902.00751", kind="adapter", lr=1e-3)
+@method(
+    "adapter",
+    paper="1902.00751",
+    kind="adapter",
+    lr=1e-3,
+    tiny={"": {"bottleneck": 4}, "parallel": {"bottleneck": 4, "form": "parallel", "scale": 4.0}},
+)
 @dataclass(frozen=True)
 class Adapter:
     """Two small layers with a non-linearity after (sequential) or beside (parallel) attention and feed-forward.

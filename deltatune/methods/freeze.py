@@ -14,7 +14,7 @@ from ..core.registry import method, nearest, whole
 from ..core.site import Site, block_of, head_modules, layers
 
 
-@method("freeze", paper="1801.06146", kind="selective", mergeable=True, lr=1e-4)
+@method("freeze", paper="1801.06146", kind="selective", mergeable=True, lr=1e-4, tiny={"": {"last": 1}})
 @dataclass(frozen=True)
 class Freeze:
     """Train the last n blocks (`last`), the first n (`first`), or the parameters `names` match; freeze the rest."""

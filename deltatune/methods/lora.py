@@ -16,7 +16,7 @@ from ..core.registry import finite, method, nearest, whole
 from ..core.site import Site, linear_at, matches, widths
 
 
-@method("lora", paper="2106.09685", kind="linear", peft="LORA", mergeable=True, lr=1e-3)
+@method("lora", paper="2106.09685", kind="linear", peft="LORA", mergeable=True, lr=1e-3, tiny={"": {"r": 4}})
 @dataclass(frozen=True)
 class LoRA:
     """A low-rank update beside each target layer. Parameters: r (d_in + d_out) per layer.

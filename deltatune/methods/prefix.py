@@ -15,7 +15,15 @@ from ..core.registry import method, whole
 from ..core.site import Site, trunk
 
 
-@method("prefix", paper="2101.00190", kind="attention", peft="PREFIX_TUNING", lr=1e-2, identity=False)
+@method(
+    "prefix",
+    paper="2101.00190",
+    kind="attention",
+    peft="PREFIX_TUNING",
+    lr=1e-2,
+    identity=False,
+    tiny={"": {"length": 3}},
+)
 @dataclass(frozen=True)
 class Prefix:
     """Learned keys and values in front of every layer's own. Parameters: 2 layers kv_heads length head_dim.

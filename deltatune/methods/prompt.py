@@ -15,7 +15,15 @@ from ..core.site import Site, embedding
 INITS = ("vocab", "uniform")
 
 
-@method("prompt", paper="2104.08691", kind="embedding", peft="PROMPT_TUNING", lr=3e-2, identity=False)
+@method(
+    "prompt",
+    paper="2104.08691",
+    kind="embedding",
+    peft="PROMPT_TUNING",
+    lr=3e-2,
+    identity=False,
+    tiny={"": {"length": 3}},
+)
 @dataclass(frozen=True)
 class Prompt:
     """`length` learned vectors that virtual token ids stand for. Parameters: length d.

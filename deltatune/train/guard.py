@@ -93,11 +93,14 @@ def reachable(loss: Tensor) -> None:
         )
 
 
-def active(module: nn.Module, trainable: Mapping[str, nn.Parameter]) -> list[Any]:
-    """The deltas of this run: `penalty` and `after_step`, and own parameters, if any, that are not all frozen."""
+def active(module: nn.Module, trainable: Mapping[str, nn.Parameter], steps: int) -> list[Any]:
+    """The deltas of this run of `steps` steps, told that it begins: own parameters, if any, are not all frozen."""
     ours = {id(p) for p in trainable.values()}
     deltas = [m for m in module.modules() if hasattr(m, "penalty") and hasattr(m, "after_step")]
-    return [m for m in deltas if not (own := {id(p) for p in m.parameters()}) or own & ours]
+    found = [m for m in deltas if not (own := {id(p) for p in m.parameters()}) or own & ours]
+    for delta in found:
+        delta.begin(steps)
+    return found
 
 
 def finite_weights(tensors: Mapping[str, Tensor]) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import Config
-from ..core.attach import activate, attach, attached, known, packing, trainable
+from ..core.attach import activate, attach, attached, each, known, packing, trainable
+from ..core.delta import Given
 from ..core.store import virtual_ids
 from ..data import formats
 from ..data.batch import Batch, Batching, pack, pad, plan
@@ -133,9 +134,35 @@ class Job:
         return trainable(self.model, self.adapter)
 
     def conditional(self) -> list[str]:
-        """Keys that may see no gradient for a while: tuned in place, embeddings of words that do not occur."""
+        """Keys that may see no gradient for a while: tuned in place, embeddings of words that do not occur, gates."""
         names = {m.method_name for m in known(self.model, self.adapter).methods[self.adapter]}
-        return [SELDOM] if names & {"full", "freeze", "head", "tokens"} else []
+        own = [f"^{re.escape(key)}$" for key, delta, _ in self.each() if delta.conditional]
+        return own + ([SELDOM] if names & {"full", "freeze", "head", "tokens"} else [])
+
+    def each(self) -> Iterator[tuple[str, Any, str]]:
+        """(canonical key, its delta, the delta's own name for it) of every trained parameter."""
+        for layer, delta in each(self.model, self.adapter):
+            for name in delta.trained(layer):
+                yield f"{delta.site.key}.{name}", delta, name
+
+    def ratios(self) -> tuple[tuple[str, float], ...]:
+        """The learning rates that methods ask for, as multiples of the run's (LoRA+, diff pruning)."""
+        return tuple(
+            (f"^{re.escape(key)}$", delta.rates[name]) for key, delta, name in self.each() if name in delta.rates
+        )
+
+    def given(self) -> Given:
+        """The loss of one micro-batch after another, in training order, for methods that must see rows first."""
+        sampler = self.sampler()
+
+        def losses() -> Iterator[Tensor]:
+            batches = self.batches(sampler)
+            for step in range(self.steps(sampler)):
+                for batch in batches(step):
+                    if batch.targets:
+                        yield self.objective.loss(self.model, batch)[0] / batch.targets
+
+        return Given(losses, self.config.train.seed)
 
     def idle(self, key: str) -> bool:
         """Whether `key` may rightly end the run as it began."""
@@ -254,8 +281,13 @@ def prepare(config: Config) -> Job:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.train.seed)
-        attach(model, methods(config, objective), ADAPTER)
+        attach(model, [bound(m, tokenizer) for m in methods(config, objective)], ADAPTER)
     return settle(job)
+
+
+def bound(method: Any, tokenizer: Any) -> Any:
+    """A method with its words as token ids, where it has words."""
+    return method.bind(tokenizer) if hasattr(method, "bind") else method
 
 
 def settle(job: Job) -> Job:

@@ -65,7 +65,8 @@ class Loop:
     def _open(self) -> None:
         self.optimizer = optim.Optimizer(self.trainable, self.settings)
         self.watch = guard.Watch(self.trainable, self.conditional)
-        self.deltas, self.others = guard.active(self.step, self.trainable), guard.outside(self.step, self.trainable)
+        self.deltas = guard.active(self.step, self.trainable, self.settings.steps)
+        self.others = guard.outside(self.step, self.trainable)
         guard.covers(self.step, self.trainable, self.optimizer.model)
         self.optimizer.zero()
         rng.seed_run(self.settings.seed)

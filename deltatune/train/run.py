@@ -15,10 +15,12 @@ from torch import nn
 
 from .. import quickstart as demo
 from ..config import Config, Data, Eval, Train, dump, load, resolve
-from ..core.attach import activate, known
+from ..core.attach import activate, fold, known
+from ..core.attach import prepare as prepare_adapter
 from ..core.registry import spec
 from ..core.store import save, state
 from ..data.problems import nearest
+from ..evaluate.generate import evaluating
 from ..evaluate.incontext import Prompt
 from ..evaluate.score import score
 from ..objectives import build as build_objective
@@ -173,6 +175,8 @@ def execute(job: Job, folder: Path, clock: Clock) -> Run:
     try:
         with in_training(job):
             told = len(job.notes)
+            if not store.all():
+                learn_from_rows(job)
             with stoppable() as stop, clock.phase("before", job.notes):
                 opened = opening(job, folder, store)
             loop = make_loop(job, store, clock.observers)
@@ -187,6 +191,12 @@ def execute(job: Job, folder: Path, clock: Clock) -> Run:
                 return closing(job, folder, opened, loop, clock)
     except Interrupted:
         return Run(folder, "interrupted", {"signal": stop.signal, "step": step})
+
+
+def learn_from_rows(job: Job) -> None:
+    """What a method must see rows for before step 1 (which weights matter to the task, ...)."""
+    with evaluating(job.model):
+        prepare_adapter(job.model, job.adapter, job.given())
 
 
 @contextmanager
@@ -244,6 +254,7 @@ def make_loop(job: Job, store: Store, observers: Sequence[Any]) -> Loop:
         patience=t.patience or 0,
         keep_best=bool(t.patience),
         neftune=t.neftune,
+        ratios=job.ratios(),
     )
     return Loop(
         Step(job.model, job.objective),
@@ -266,6 +277,7 @@ def finite(numbers: Mapping[str, float | None]) -> dict[str, float]:
 def closing(job: Job, folder: Path, opened: Opened, loop: Loop, clock: Clock) -> Run:
     """Save the adapter, check it, measure again, write the reports."""
     with clock.phase("save"):
+        fold(job.model, job.adapter)
         save(job.model, job.adapter, folder / "adapter", base=job.config.model.name, record=record_of(job))
         checks = [*opened.checks, *after_training(job, folder / "adapter", opened)]
     with clock.phase("after"):
