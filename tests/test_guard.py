@@ -161,8 +161,9 @@ def test_the_watch_is_over_even_if_its_last_step_was_skipped() -> None:
 
 def test_frozen_deltas_of_another_run_are_not_called() -> None:
     model = toy()
-    assert guard.active(model, trained(model)) == [model.low]
-    assert guard.active(model, {"bias": model.bias}) == []
+    assert guard.active(model, trained(model), 3) == [model.low]
+    assert model.low.planned == 3
+    assert guard.active(model, {"bias": model.bias}, 3) == []
 
 
 def test_exit_codes() -> None:
