@@ -72,7 +72,8 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
     seconds = s["seconds"]
     phases = ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items())
     yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {s['tokens_per_s']:.0f} tokens/s"
-    yield f"peak memory: {s['peak_memory_bytes'] / 2**30:.2f} GiB"
+    highest = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in s["memory"].items())
+    yield f"peak memory: {s['peak_memory_bytes'] / 2**30:.2f} GiB (up to the end of {highest})"
     yield f"adapter: {s['adapter']}"
 
 

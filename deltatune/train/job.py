@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 
 from ..config import Config
-from ..core.attach import activate, attach, attached, known, packing, trainable
+from ..core.attach import activate, attach, attached, each, known, packing, trainable
+from ..core.site import head_modules
 from ..core.store import virtual_ids
 from ..data import formats
 from ..data.batch import Batch, Batching, pack, pad, plan
@@ -26,6 +28,7 @@ from ..data.problems import BadRow, Problems
 from ..data.sources import files
 from ..data.stream import Order, stream
 from ..evaluate.incontext import Prompt
+from ..evaluate.score import measurable
 from ..methods import build as build_methods
 from ..methods.freeze import Head
 from ..objectives import build as build_objective
@@ -275,7 +278,9 @@ def settle(job: Job) -> Job:
         if coder.truncated:
             job.notes.append(f"{coder.truncated} rows are cut to max_length, {coder.lost_tokens} tokens are lost")
     for rows in (job.eval, *job.ood.values()):
-        job.encode(rows)  # a row that cannot be measured is better known now than after hours
+        if rows:  # a row that cannot be measured is better known now than after hours
+            job.encode(rows)
+            measurable(job, rows)
     job.recompute = recomputes(job)
     pinned = {
         "precision": {v: k for k, v in DTYPES.items()}.get(next(job.model.parameters()).dtype, "auto"),
@@ -295,6 +300,11 @@ def longest(job: Job) -> int:
     if config.model_type in OFFSET_POSITIONS:  # numbered from after the padding id
         places -= int(config.pad_token_id or 0) + 1
     places -= known(job.model, job.adapter).shifts.get(job.adapter, 0)
+    if places < 1:
+        raise ValueError(
+            f"the prefix leaves no room: {config.model_type} has {config.max_position_embeddings} positions, and the "
+            f"adapter takes {known(job.model, job.adapter).shifts[job.adapter]} of them; choose a shorter one"
+        )
     if places < wanted:
         job.notes.append(f"rows may have {places} tokens, not {wanted}: {config.model_type} has no more positions")
     return min(places, wanted)
@@ -381,9 +391,20 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
     objective = build_objective(objective).fit(train)
     objective.check(model)
     activate(model, name)
+    if objective.task_head and not trains_head(model, name):
+        warnings.warn(
+            f"adapter {name!r} does not train the task head ({', '.join(head_modules(model))}), nor will it be saved: "
+            f"attach(model, [LoRA(), Head()], name={name!r}), unless the head was trained before",
+            stacklevel=3,
+        )
     return settle(
         Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes, fresh=False)
     )
+
+
+def trains_head(model: nn.Module, name: str) -> bool:
+    heads = tuple(head_modules(model))
+    return any(delta.site.write.startswith(heads) for _, delta in each(model, name))
 
 
 def tokenizer_of(model: Any) -> Any:

@@ -42,6 +42,12 @@ def memory() -> dict[str, int]:
     return found
 
 
+def peak_bytes() -> int:
+    """The most memory so far: of the device where torch uses one, else of this process."""
+    found = memory()
+    return found.get("cuda_peak") or found["peak"]
+
+
 def size(count: float) -> str:
     """Bytes as people read them: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB"):

@@ -31,6 +31,7 @@ from .identity import demand_same
 from .job import Job, from_model, in_training, prepare
 from .loop import Loop, Settings, Step
 from .optim import sane_lr
+from .progress import peak_bytes
 from .use import evaluate_file, open_adapted, record_of
 
 STARTED = "before.json"  # in checkpoints/: what was measured before step 1, so that a resumed run need not repeat it
@@ -39,10 +40,11 @@ SAVE_SECONDS = 300.0  # between checkpoints where save_every is left out
 
 @dataclass
 class Clock:
-    """Wall-clock seconds by phase; observers that have `on_phase` hear of each."""
+    """Wall-clock seconds by phase, the most memory up to its end; observers with `on_phase` hear of each."""
 
     observers: Sequence[Any] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str, notes: Sequence[str] = (), **more: Any) -> Iterator[None]:
@@ -53,6 +55,7 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.memory[name] = peak_bytes()
 
 
 # ---- entries ---------------------------------------------------------------------------------------------------------
@@ -95,7 +98,7 @@ def quickstart_config() -> Config:
 
 def demo_prompts(config: Config) -> Sequence[Prompt]:
     """The quickstart's hand-written prompts for the untuned model, where the run is the quickstart's."""
-    if not any(Path(ref).parent.name.startswith("quickstart-") for ref in config.data.train):
+    if not any(Path(ref).parent == demo.folder() for ref in config.data.train):
         return ()
     rows = [json.loads(line) for line in Path(config.data.train[0]).read_text(encoding="utf-8").splitlines()]
     return [Prompt(name, turns=tuple(turns)) for name, turns in demo.prompts(rows).items()]
@@ -270,7 +273,7 @@ def closing(job: Job, folder: Path, opened: Opened, loop: Loop, clock: Clock) ->
         checks = [*opened.checks, *after_training(job, folder / "adapter", opened)]
     with clock.phase("after"):
         result = evidence.after(job, opened.first)
-    done = Finished(checks, result, clock.seconds, loop.progress.step, loop.trainable)
+    done = Finished(checks, result, clock.seconds, clock.memory, loop.progress.step, loop.trainable)
     return finish(job, folder, done)
 
 
