@@ -102,3 +102,20 @@ def test_a_head_that_nobody_trains_is_said(made, tmp_path):
             warnings.simplefilter("always")
             from_model(model, Classify(), config, {"adapter": "mine", "tokenizer": tt.byte_level(None)})
         assert any("does not train the task head (score)" in str(w.message) for w in said) is warns
+
+
+def test_a_model_in_bf16_on_a_machine_that_is_slow_at_it_is_said(made, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from deltatune import LoRA, attach
+    from deltatune.train import job as jobs
+
+    monkeypatch.setattr(jobs, "best_dtype", lambda: torch.float32)
+    for dtype, warns in ((torch.bfloat16, True), (torch.float32, False)):
+        model = AutoModelForCausalLM.from_pretrained(made / "model", dtype=dtype)
+        attach(model, LoRA(r=2), "mine")
+        config = t.config("any", str(made / "rows.jsonl"), train={"precision": "auto"})
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            jobs.from_model(model, "sft", config, {"adapter": "mine"})
+        assert any("many times slower than fp32" in str(w.message) for w in said) is warns

@@ -98,7 +98,8 @@ def forgotten(kept: Mapping[str, Any]) -> Iterator[str]:
 def commands(folder: Any, s: Mapping[str, Any]) -> list[Text]:
     """The next three commands to type."""
     talk = Text(f"  deltatune chat --adapter {folder}            # talk to it; /compare shows the base beside it")
-    again = Text(f"  deltatune runs {folder.parent}            # every run here, with its numbers")
+    where = "" if str(folder.parent) == "runs" else f" {folder.parent}"
+    again = Text(f"  deltatune runs{where}            # every run here, with its numbers")
     return [
         Text("next:"),
         talk if s.get("objective", "sft") == "sft" else again,

@@ -33,6 +33,7 @@ from ..methods import build as build_methods
 from ..methods.freeze import Head
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
+from ..zoo import dtype as best_dtype
 from ..zoo import model_path
 from . import memory
 from .sampler import Sampler
@@ -227,15 +228,7 @@ def model_config(path: Path | str) -> Any:
 def dtype(config: Config) -> torch.dtype:
     """What the user asked for, or bf16 where the hardware multiplies it fast."""
     asked = next((x for x in (config.model.dtype, config.train.precision) if x != "auto"), None)
-    return DTYPES[asked or ("bf16" if has_bf16() else "fp32")]
-
-
-def has_bf16() -> bool:
-    """Whether this machine has bf16 matrix instructions."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+    return DTYPES[asked] if asked else best_dtype()
 
 
 def methods(config: Config, objective: Any) -> tuple[Any, ...]:
@@ -386,6 +379,12 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
     have = next(model.parameters()).dtype
     if asked not in (None, have):
         raise ValueError(f"the model is in {have}, train.precision asks for {asked}: convert it with model.to({asked})")
+    if asked is None and have != torch.float32 and best_dtype() == torch.float32:
+        warnings.warn(
+            f"the model is in {have}, which this machine multiplies many times slower than fp32: load it with "
+            "dtype=zoo.dtype()",
+            stacklevel=3,
+        )
     notes: list[str] = []
     train, held, ood = read_sets(config, notes)
     objective = build_objective(objective).fit(train)

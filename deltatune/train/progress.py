@@ -262,6 +262,11 @@ class Bar:
         self.say(ending(record))
 
 
+def show(run: Any) -> None:
+    """A run's end screen on standard error."""
+    Console(stderr=True, highlight=False, emoji=False).print(run.screen())
+
+
 def progress(quiet: bool = False, save_every: int = 0, every: int = 0, console: Console | None = None) -> Bar | Lines:
     """The observer that fits standard error: a bar on a terminal, lines elsewhere, few lines when `quiet`.
 

@@ -31,7 +31,7 @@ from .identity import demand_same
 from .job import Job, from_model, in_training, prepare
 from .loop import Loop, Settings, Step
 from .optim import sane_lr
-from .progress import peak_bytes
+from .progress import peak_bytes, progress, show
 from .use import evaluate_file, open_adapted, record_of
 
 STARTED = "before.json"  # in checkpoints/: what was measured before step 1, so that a resumed run need not repeat it
@@ -107,21 +107,26 @@ def demo_prompts(config: Config) -> Sequence[Prompt]:
 def train(model: Any, objective: Any, *, data: Any, adapter: str = "default", out: Any = None, **given: Any) -> Run:
     """Train adapter `adapter`, attached to `model` already, on `data` (a file, a folder, `-`, a hub or pypi reference).
 
-    Further keywords: `tokenizer`, `observers`, and every key of the configuration's sections data (eval, ood, format),
-    train (lr, epochs, steps, batch_tokens, ...) and eval (metrics, rows, retention, ...). Returns the Run; the adapter
-    alone is active then. ValueError for an unknown keyword, with the nearest name.
+    Says what it does on standard error; `observers=()` is silent. Further keywords: `tokenizer`, `observers`, and every
+    key of the configuration's sections data (eval, ood, format), train (lr, epochs, steps, batch_tokens, ...) and eval
+    (metrics, rows, retention, ...). Returns the Run; the adapter alone is active then. ValueError for an unknown
+    keyword, with the nearest name.
     """
-    tokenizer, observers = given.pop("tokenizer", None), tuple(given.pop("observers", ()))
+    talks = "observers" not in given
+    tokenizer, observers = given.pop("tokenizer", None), tuple(given.pop("observers", ()) or ())
     sections = sorted_out({"data": {"train": data}, "train": {}, "eval": {}}, given)
     goal = record(build_objective(objective))
     blocks = [{name: fields} for block in methods_of(model, adapter) for name, fields in block.items()]
     name = str(getattr(model.config, "_name_or_path", "") or IN_MEMORY)
     config = resolve(Config(model=name, method=blocks, objective=goal, **sections)).config
+    observers = (progress(save_every=config.train.save_every or 0),) if talks else observers
     folder, clock = place(config, Path(out) if out else None), Clock(observers)
     with clock.phase("prepare"), claimed(folder):
         job = from_model(model, objective, config, {"adapter": adapter, "tokenizer": tokenizer})
     done = execute(job, folder, clock)
     activate(model, adapter)
+    if talks:
+        show(done)
     return done
 
 
