@@ -68,6 +68,7 @@ def dtype(value: Any) -> Any:
 
 Count = Annotated[int, BeforeValidator(number), Field(ge=1)]
 Whole = Annotated[int, BeforeValidator(number), Field(ge=0)]
+Seed = Annotated[int, BeforeValidator(number), Field(ge=0, lt=2**63)]
 Positive = Annotated[float, BeforeValidator(number), Field(gt=0)]
 Amount = Annotated[float, BeforeValidator(number), Field(ge=0)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)]
@@ -138,7 +139,7 @@ class Train(Section):
     """Decoupled weight decay."""
     clip: Amount = 1.0
     """Largest gradient norm; 0 leaves gradients as they are."""
-    seed: Whole = 0
+    seed: Seed = 0
     """Seed of every random choice."""
     precision: Numbers = "auto"
     """Arithmetic; auto asks the hardware."""

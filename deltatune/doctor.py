@@ -121,12 +121,12 @@ def arithmetic() -> list[Check]:
     """bf16 against fp32 on the processor, measured, and the accelerator."""
     import torch
 
-    from deltatune.train.job import has_bf16
+    from deltatune import zoo
 
     single = torch.ones(192, 192)  # small: a processor without bf16 instructions is 100 times slower
     half = single.bfloat16()
     ratio = milliseconds(lambda: single @ single) / max(milliseconds(lambda: half @ half), 1e-6)
-    advice = f"precision: auto trains in {'bf16' if has_bf16() else 'fp32'}"
+    advice = f"precision: auto trains in {'bf16' if zoo.dtype() == torch.bfloat16 else 'fp32'}"
     kind = torch.backends.cpu.get_cpu_capability()
     found = [
         Check("threads", f"{torch.get_num_threads()} of torch"),

@@ -132,13 +132,18 @@ def sources() -> dict[str, dict[str, str]]:
     return {name: zoo.provenance(zoo.DATA[f"pypi:{name}"]) for name in ("usaddress", "brotli")}
 
 
+def folder() -> Path:
+    """Where the rows are kept."""
+    return fetch.cache("data", f"quickstart-{EDITION}")
+
+
 def rows() -> dict[str, Path]:
     """Local files: train and eval (messages, JSONL), general (prose, a paragraph a line) and source (JSON).
 
     Fetched and made on first use, then kept in the cache. No eval address appears in train, nor does one that
     differs from it in numbers only.
     """
-    target = fetch.cache("data", f"quickstart-{EDITION}")
+    target = folder()
     files = {
         "train": target / "train.jsonl",
         "eval": target / "eval.jsonl",
@@ -146,12 +151,12 @@ def rows() -> dict[str, Path]:
         "source": target / "SOURCE.json",
     }
     if not files["source"].is_file():
-        with fetch.locked(target), fetch.fresh_folder(target) as folder:
+        with fetch.locked(target), fetch.fresh_folder(target) as made:
             train, held = split(zoo.data_path("pypi:usaddress"))
             for name, part in (("train", train), ("eval", held)):
-                write_lines(folder / files[name].name, [json.dumps(r, ensure_ascii=False) for r in part])
-            write_lines(folder / files["general"].name, prose(zoo.data_path("pypi:brotli")))
-            write_lines(folder / files["source"].name, [json.dumps(sources(), indent=2)])
+                write_lines(made / files[name].name, [json.dumps(r, ensure_ascii=False) for r in part])
+            write_lines(made / files["general"].name, prose(zoo.data_path("pypi:brotli")))
+            write_lines(made / files["source"].name, [json.dumps(sources(), indent=2)])
     return files
 
 

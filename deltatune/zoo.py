@@ -282,6 +282,17 @@ def local_gguf(path: Path) -> Path:
     return target
 
 
+def dtype() -> Any:
+    """The torch dtype to load a model in here: bf16 where the machine multiplies it fast, else fp32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    fast = any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+    return torch.bfloat16 if fast else torch.float32
+
+
 def from_gguf(path: Path, folder: Path) -> None:
     """Convert a GGUF file to an ordinary folder: bf16 safetensors, config, tokenizer with its chat template.
 
@@ -291,9 +302,12 @@ def from_gguf(path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from deltatune.objectives.common import quiet
+
     log.info("converting %s to a model folder (once)", path.name)
-    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+    with quiet():
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     plain(model)
     tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
     check_tokenizer(tokenizer, model)

@@ -90,14 +90,19 @@ def test_a_failing_attach_leaves_the_model_as_it_was(late, first):
         assert set(trainable(model, "a")) == set(parameters(model, "a"))
 
 
-def test_a_union_that_trains_a_parameter_twice_is_refused_whole():
+def test_a_union_trains_what_two_of_its_methods_ask_for_once():
     model = tiny("bert")
-    found = snapshot(model)
-    with pytest.raises(
-        ValueError, match="is trained in place twice, by two methods of 'default': leave one of them out"
-    ):
-        attach(model, [BitFit(), Freeze(last=1)])
+    found, kept = snapshot(model), values(model)
+    attach(model, [BitFit(), Freeze(last=1)])
+    names = {f"{s.site.key}.{n}" for s in deltas(model) for n in s.names}
+    wanted = {id(p) for n, p in model.named_parameters() if n.endswith("bias") or ".layer.1." in n}
+    chosen = list(trainable(model).values())
+    inner = {id(p) for p in model.bert.parameters()}
+    assert {id(p) for p in chosen} == wanted & inner
+    assert len(chosen) == len({id(p) for p in chosen}) == len(names)
+    detach(model, "default")
     assert snapshot(model) == found
+    assert all(torch.equal(t, kept[k]) for k, t in values(model).items())
 
 
 @pytest.mark.parametrize("method", [Prompt(2), Prefix(2), Adapter(2)], ids=str)

@@ -85,3 +85,23 @@ def test_mistakes_are_named():
         Classify("single", ("x", "y")).check(tiny("bert", "classify"))
     with pytest.raises(Refusal, match="task head"):
         Classify("single", ("x", "y")).check(tiny("llama"))
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_soft_prompt_is_the_encoders_alone(family):
+    """An encoder-decoder that classifies feeds its input to the decoder too, which has no virtual rows."""
+    from conformance import stir
+    from deltatune import Prompt, attach, virtual_ids
+
+    model = tiny(family, "classify")
+    eos = model.config.eos_token_id
+    plain = Encoded((5, 6, 7, eos), None, target=1)
+    before = Classify(labels=("a", "b", "c")).logits(model, pad([plain], 0))
+    stock = model(input_ids=torch.tensor([[5, 6, 7, eos]])).logits
+    assert torch.equal(before, stock)
+    attach(model, Prompt(length=3))
+    stir(model, "default", 0)
+    steered = Encoded((*virtual_ids(model), 5, 6, 7, eos), None, target=1)
+    after = Classify(labels=("a", "b", "c")).logits(model, pad([steered], 0))
+    assert after.shape == before.shape
+    assert not torch.allclose(after, before)

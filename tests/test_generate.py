@@ -405,3 +405,27 @@ def test_batches_fit_the_memory_a_model_needs_per_token(llama) -> None:
     assert room(llama) == min(MOST_TOKENS, CACHE_BYTES // token)
     for family in ("gpt2", "t5", "bart", "neox"):
         assert room(tiny(family)) == MOST_TOKENS
+
+
+def test_rows_on_different_adapters_keep_theirs_in_any_order(llama) -> None:
+    """Batches are cut longest first; each prompt must still be answered by its own adapter."""
+    from conformance import stir
+    from deltatune import IA3, LoRA, attach, disabled, rows
+    from deltatune.core.attach import activate
+
+    for seed, (name, method) in enumerate({"a": LoRA(r=4), "b": IA3()}.items()):
+        attach(llama, method, name)
+        stir(llama, name, seed)
+    names = ["a", "b", None, "b"]
+    prompts = [[5, 6], [7, 8, 9, 10, 11, 12], [5, 9, 3, 3], [13, 4, 8]]
+    alone = []
+    for name, prompt in zip(names, prompts, strict=True):
+        activate(llama, *([name] if name else []))
+        alone += generate(llama, TOK, [prompt], SHORT)
+    with disabled(llama):
+        assert generate(llama, TOK, prompts, SHORT) != alone
+    for budget in (None, 20):
+        with rows(llama, names):
+            assert generate(llama, TOK, prompts, replace(SHORT, batch_tokens=budget)) == alone
+    with rows(llama, names), pytest.raises(ValueError, match="given 4 names for 3 rows"):
+        generate(llama, TOK, prompts[:3], SHORT)

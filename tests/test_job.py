@@ -1,5 +1,7 @@
 """A job settles what was left open: lengths, recomputation, memory; and restores the model it was lent."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -66,3 +68,54 @@ def test_steps_count_parts_of_an_epoch(made):
         return one.steps(one.sampler())
 
     assert [steps(e) for e in (1.0, 2.0, 0.5, 1.25)] == [4, 8, 2, 5]
+
+
+@pytest.mark.parametrize("place", ["eval", "ood"])
+def test_rows_too_long_to_be_answered_are_refused_before_training(made, tmp_path, place):
+    long = t.lines(tmp_path / "long.jsonl", [{"prompt": "a b " * 118, "completion": "c"}])
+    with pytest.raises(ValueError, match=r"long.jsonl:1: .*more than the model's 512 positions"):
+        job(made, data={place: long}, eval={"max_new_tokens": 64})
+
+
+@pytest.mark.parametrize("metric", ["pearson", "json_schema"])
+def test_metrics_that_do_not_suit_the_rows_are_refused_before_training(made, metric):
+    with pytest.raises(ValueError, match=f"eval.metrics: {metric} cannot be measured on these rows .*chrf can"):
+        job(made, data={"eval": str(made / "rows.jsonl")}, eval={"metrics": [metric]})
+
+
+def test_a_prefix_as_long_as_the_model_leaves_no_room(made):
+    with pytest.raises(ValueError, match="has 512 positions, and the adapter takes 600 of them"):
+        job(made, method={"prefix": {"length": 600}})
+
+
+def test_a_head_that_nobody_trains_is_said(made, tmp_path):
+    import tiny_tokenizers as tt
+    from deltatune import Classify, Head, LoRA, attach
+    from deltatune.train.job import from_model
+    from models import tiny
+
+    rows = t.lines(tmp_path / "rows.jsonl", [{"text": f"a {i}", "label": "xyz"[i % 3]} for i in range(6)])
+    config = t.config("any", rows, objective={"classify": {}})
+    for methods, warns in (([LoRA(r=2)], True), ([LoRA(r=2), Head()], False)):
+        model = attach(tiny("llama", "classify", vocab_size=300), methods, "mine")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            from_model(model, Classify(), config, {"adapter": "mine", "tokenizer": tt.byte_level(None)})
+        assert any("does not train the task head (score)" in str(w.message) for w in said) is warns
+
+
+def test_a_model_in_bf16_on_a_machine_that_is_slow_at_it_is_said(made, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    from deltatune import LoRA, attach
+    from deltatune.train import job as jobs
+
+    monkeypatch.setattr(jobs, "best_dtype", lambda: torch.float32)
+    for dtype, warns in ((torch.bfloat16, True), (torch.float32, False)):
+        model = AutoModelForCausalLM.from_pretrained(made / "model", dtype=dtype)
+        attach(model, LoRA(r=2), "mine")
+        config = t.config("any", str(made / "rows.jsonl"), train={"precision": "auto"})
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            jobs.from_model(model, "sft", config, {"adapter": "mine"})
+        assert any("many times slower than fp32" in str(w.message) for w in said) is warns

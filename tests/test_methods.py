@@ -271,6 +271,7 @@ MISTAKES = [
     (Prompt, {"init": "vocabulary"}, "Prompt init 'vocabulary': choose from vocab, uniform"),
     (Freeze, {"last": -1}, "Freeze last must be a whole number >= 0, got -1"),
     (NewTokens, {"ids": (1.5,)}, r"NewTokens id must be .* got 1\.5"),
+    (NewTokens, {"ids": (5, 6, 5)}, "NewTokens id 5 is given 2 times"),
 ]
 
 

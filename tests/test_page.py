@@ -15,6 +15,7 @@ SUMMARY = {
     "gain": {"accuracy": [0.25, 0.1, 0.4]}, "measured_on": "eval", "retention": {}, "untuned_prompts": {},
     "ood": {"far": {"loss": 3.0, "gap": {"loss": 2.0}}}, "objective": "sft", "trainable_parameters": 5,
     "parameters": 100, "steps": 3, "train_rows": 7, "peak_memory_bytes": 2**30, "seconds": {"train": 2.0},
+    "memory": {"train": 2**29},
     "tokens_per_s": 10.0, "adapter": "runs/a/adapter", "notes": ["a note"], "sample": "x >>y```<<",
     "unchecked": ["merge: why"], "failed": [],
 }  # fmt: skip

@@ -13,6 +13,7 @@ REFERENCES = [
     (Example("f:1", turns=(Turn("user", "a"), Turn("assistant", "b"))), "b"),
     (Example("f:1", turns=(Turn("assistant", "b"), Turn("user", "a"))), None),
     (Example("f:1", text="a"), None),
+    (Example("f:1", turns=(Turn("user", "a"), Turn("assistant", "b", learn=False))), None),
 ]
 
 

@@ -33,7 +33,7 @@ ENVIRONMENT = {
 HELP_END = f"Environment, where you have not set it yourself: {' '.join(f'{k}={v}' for k, v in ENVIRONMENT.items())}"
 EXIT_CODES = (
     "Exit codes: 0 done, 1 unexpected error, 2 bad input or config, 3 a verification failed, 4 stopped by a guard, "
-    "130 / 143 interrupted with a valid checkpoint."
+    "130 / 143 interrupted, with a valid checkpoint once training has begun."
 )
 
 LINE = 120  # columns of a table in a file or a pipe
@@ -132,7 +132,7 @@ def report(error: BaseException) -> int:
             f"unexpected error: {type(error).__name__}: {message}\nThe full traceback is in {details['traceback']}"
         )
     if isinstance(error, KeyboardInterrupt):
-        message = "interrupted"
+        message = "interrupted before there was anything to save; type the same command again"
     if isinstance(error, ConfigError):
         details["problems"] = [{"where": p.where, "key": list(p.spot), "text": p.text} for p in error.problems]
     if machine():

@@ -47,7 +47,7 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
     before, focused = state.token(), state.focus
     try:
         apply(model, (), None)  # methods that read weights must see the base
-        found = [pair for m in methods for pair in named(m, model)]
+        found = once(model, [pair for m in methods for pair in named(m, model)])
         if not found:
             raise ValueError(f"{methods} adapts no layer of {type(model).__name__}")
         state.methods[name] = methods
@@ -81,6 +81,24 @@ def prepare(model: nn.Module, name: str, given: Given) -> None:
     for found in waiting.values():
         found[0].method.prepare(model, found, given)
     focus(model, name)
+
+
+def once(model: nn.Module, found: list[tuple[Site, Delta]]) -> list[tuple[Site, Delta]]:
+    """A union trains a parameter in place once, whoever of its methods asks for it (norms that are in the head too)."""
+    seen: set[int] = set()
+    kept = []
+    for site, delta in found:
+        if isinstance(delta, InPlace) and type(delta) in (InPlace, InPlaceBias):
+            layer = model.get_submodule(site.write)
+            names = tuple(n for n in delta.names if id(layer.get_parameter(n)) not in seen)
+            seen |= {id(layer.get_parameter(n)) for n in names}
+            if not names:
+                continue
+            if names != delta.names:
+                old, delta = delta, InPlace(layer, names)
+                delta.what, delta.method, delta.conditional = old.what, old.method, old.conditional
+        kept.append((site, delta))
+    return kept
 
 
 def shift_of(found: list[tuple[Site, Delta]]) -> int:
@@ -332,11 +350,6 @@ def check_owners(model: nn.Module, touched: dict[str, Slot], names: tuple[str, .
 
 
 def twice(parameter: str, first: str, second: str) -> str:
-    if first == second:
-        return (
-            f"{parameter} is trained in place twice, by two methods of {first!r}: "
-            "leave one of them out, or let their targets differ"
-        )
     return (
         f"{parameter} is trained in place twice, by {first!r} and by {second!r}: "
         "only one of them can be active at a time"
@@ -398,6 +411,19 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
         raise ValueError("rows() was given 0 names: give one name per row of the batch (None: the base)")
     with restored(model):
         apply(model, tuple(dict.fromkeys(n for n in names if n is not None)), tuple(names))
+        yield model
+
+
+@contextmanager
+def rows_of(model: nn.Module, chosen: Sequence[int], count: int) -> Iterator[nn.Module]:
+    """Inside `rows`, a batch of only these of its `count` rows, in this order; elsewhere nothing changes."""
+    state: State | None = getattr(model, STATE, None)
+    if state is None or state.rows is None:
+        yield model
+        return
+    if len(state.rows) != count:
+        raise ValueError(f"rows() was given {len(state.rows)} names for {count} rows: give one name per row")
+    with rows(model, [state.rows[i] for i in chosen]):
         yield model
 
 

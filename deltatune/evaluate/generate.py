@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.attach import rows_of
 from ..core.state import STATE, State
 from ..core.store import virtual_ids
 from .cache import prefilled, room, shared
@@ -92,11 +93,12 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[Any], settings: Decodi
     rows = [_steered(ids_of(tokenizer, prompt, seq2seq), soft) for prompt in prompts]
     fits(rows, model, settings.max_new_tokens)
     found: list[list[int]] = [[] for _ in rows]
-    start = time.perf_counter()
+    start, budget = time.perf_counter(), settings.batch_tokens or room(model) // settings.beams
     with evaluating(model), private_rng(model.device, settings.seed):
-        for group in grouped([len(r) for r in rows], settings.max_new_tokens, settings.batch_tokens or room(model)):
-            for i, new in zip(group, _batch(model, tokenizer, [rows[i] for i in group], settings), strict=True):
-                found[i] = new
+        for group in grouped([len(r) for r in rows], settings.max_new_tokens, budget):
+            with rows_of(model, group, len(rows)):
+                for i, new in zip(group, _batch(model, tokenizer, [rows[i] for i in group], settings), strict=True):
+                    found[i] = new
     seconds = time.perf_counter() - start
     ends = stop_ids(model, tokenizer) | ({tokenizer.pad_token_id} - {None})  # padding follows a row that ended early
     done = [_finish(tokenizer, new, ends, settings.stop) for new in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from ..core.attach import takes_packed
 from ..data.batch import Batching, plan
 from ..data.encode import Encoded
 from ..data.example import Example
-from .generate import Decoding, answers, evaluating
+from .generate import Decoding, answers, evaluating, fits
 from .incontext import Prompt, Search, best_untuned
 from .intervals import difference, interval, plain
 from .metrics import answer, find, for_task, perplexity
@@ -57,6 +58,27 @@ def score(job: Job, examples: Sequence[Example], names: Sequence[str] = (), pred
     references = [job.objective.reference(e) for e in scored]
     found = {name: find(name).compute(predictions, references) for name in names}
     return Scored(loss, found | by_loss, predictions, references, speed)
+
+
+def measurable(job: Job, examples: Sequence[Example]) -> None:
+    """ValueError, before anything is trained, for rows that could not be measured after: too long, unsuited metrics."""
+    names = [n for n in metrics_for(job, examples) if n not in FROM_LOSS]
+    wanted = {e.where: job.objective.reference(e) for e in examples}
+    scored = [e for e in examples if wanted[e.where] is not None] if names else []
+    if scored and job.objective.name == "sft" and getattr(job.model, "can_generate", lambda: False)():
+        for prompt in prompts_of(job, scored):
+            try:
+                fits([prompt.ids], job.model, job.config.eval.max_new_tokens)
+            except ValueError as error:
+                raise ValueError(f"{prompt.where}: {error} (eval.max_new_tokens)") from None
+    references = [wanted[e.where] for e in scored]
+    for name in names if scored else ():
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                find(name).compute(references, references)
+        except (ValueError, TypeError) as error:
+            suited = ", ".join(for_task(job.objective, scored))
+            raise ValueError(f"eval.metrics: {name} cannot be measured on these rows ({error}); {suited} can") from None
 
 
 def metrics_for(job: Job, examples: Sequence[Example]) -> tuple[str, ...]:
@@ -110,7 +132,7 @@ def classify(job: Job, examples: Sequence[Example]) -> list[Any]:
 
 
 # ---- the untuned model -----------------------------------------------------------------------------------------------
-def untuned(job: Job, examples: Sequence[Example], held_out: int = 6) -> tuple[Scored, dict[str, Any]]:
+def untuned(job: Job, examples: Sequence[Example], held_out: int = 12) -> tuple[Scored, dict[str, Any]]:
     """The base with its best prompt, not its worst: its score on `examples`, and what every prompt got.
 
     The prompt is chosen on held-out TRAINING rows; the evaluation rows choose nothing.

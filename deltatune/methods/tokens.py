@@ -27,6 +27,8 @@ class NewTokens:
     def __post_init__(self) -> None:
         for i in self.ids:
             whole("NewTokens id", i, least=0)
+        if twice := [i for i in self.ids if self.ids.count(i) > 1]:
+            raise ValueError(f"NewTokens id {twice[0]} is given {self.ids.count(twice[0])} times: give each id once")
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         names, output = embeddings(model), output_layer(model)

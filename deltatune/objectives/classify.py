@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..core.attention import packed, positions
 from ..core.delta import Refusal
 from ..core.site import head_modules, trunk
+from ..core.vocabulary import vocabulary
 from ..data.batch import Batch
 from ..data.check import mixed_labels
 from ..data.encode import Encoded, Encoding, classified, label_names
@@ -94,6 +95,8 @@ class Classify:
 
     def logits(self, model: Any, batch: Batch) -> Tensor:
         """[rows, classes]. A decoder is read at its last real token: the head's own rule would stop at the pad id."""
+        if model.config.is_encoder_decoder:
+            return run(model, batch, decoder_input_ids=shifted(model, batch.inputs["input_ids"])).logits
         if not hasattr(model, "score"):
             return run(model, batch).logits
         if batch.lens is not None:
@@ -136,6 +139,13 @@ class Classify:
             given = example.label if isinstance(example.label, tuple) else (example.label,)
             return tuple(n for n in self.labels or () if n in {spelled(x) for x in given})
         return spelled(example.label)
+
+
+def shifted(model: Any, ids: Tensor) -> Tensor:
+    """The decoder's input [rows, seq]: the encoder's, one place later. A soft prompt is the encoder's alone."""
+    start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
+    real = ids.masked_fill(ids >= vocabulary(model), model.config.pad_token_id)
+    return torch.cat([start, real[:, :-1]], 1)
 
 
 def refuse_mixed(examples: Sequence[Example]) -> None:

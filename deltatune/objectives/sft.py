@@ -57,11 +57,12 @@ class SFT:
         return token_loss(kept_logits(model, batch, keep), wanted.index_select(1, keep))
 
     def reference(self, example: Example) -> str | None:
-        """The answer that a generated one is compared with; None: nothing to generate (plain text)."""
+        """The answer that a generated one is compared with; None: plain text, or a last turn of weight 0."""
         if example.completion is not None:
             return example.completion
-        said = [turn for turn in example.turns if turn.role == "assistant"]
-        return said[-1].content if said and example.turns[-1] is said[-1] else None
+        last = example.turns[-1] if example.turns else None
+        asked = last is not None and last.role == "assistant" and last.learn is not False
+        return last.content if last is not None and asked else None
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[Any]:

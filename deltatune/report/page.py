@@ -72,7 +72,8 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
     seconds = s["seconds"]
     phases = ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items())
     yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {s['tokens_per_s']:.0f} tokens/s"
-    yield f"peak memory: {s['peak_memory_bytes'] / 2**30:.2f} GiB"
+    highest = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in s["memory"].items())
+    yield f"peak memory: {s['peak_memory_bytes'] / 2**30:.2f} GiB (up to the end of {highest})"
     yield f"adapter: {s['adapter']}"
 
 
@@ -97,7 +98,8 @@ def forgotten(kept: Mapping[str, Any]) -> Iterator[str]:
 def commands(folder: Any, s: Mapping[str, Any]) -> list[Text]:
     """The next three commands to type."""
     talk = Text(f"  deltatune chat --adapter {folder}            # talk to it; /compare shows the base beside it")
-    again = Text(f"  deltatune runs {folder.parent}            # every run here, with its numbers")
+    where = "" if str(folder.parent) == "runs" else f" {folder.parent}"
+    again = Text(f"  deltatune runs{where}            # every run here, with its numbers")
     return [
         Text("next:"),
         talk if s.get("objective", "sft") == "sft" else again,

@@ -23,7 +23,7 @@ from ..config import Config
 from ..core.attach import known
 from ..report import page
 from .job import Job
-from .progress import memory as memory_now
+from .progress import peak_bytes
 from .verify import Check, sample
 
 
@@ -112,7 +112,8 @@ class Finished:
 
     checks: list[Check]
     result: dict[str, Any]
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # by phase
+    memory: dict[str, int]  # the most bytes up to the end of a phase
     steps: int
     trained: Mapping[str, nn.Parameter]
 
@@ -137,7 +138,7 @@ def verified(folder: Path, checks: Sequence[Check], whole: bool = True) -> str:
 def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [r for r in map(json.loads, lines) if r.get("event") == "step"]
-    seconds, used = sum(r["seconds"] for r in steps), memory_now()
+    seconds = sum(r["seconds"] for r in steps)
     return {
         **{key: done.result.get(key) for key in FROM_RESULT},
         "objective": job.objective.name,
@@ -146,7 +147,8 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
         "steps": done.steps,
         "trainable_parameters": sum(p.numel() for p in done.trained.values()),
         "parameters": sum(p.numel() for p in job.model.parameters()),
-        "peak_memory_bytes": used.get("cuda_peak") or used["peak"],
+        "peak_memory_bytes": peak_bytes(),
+        "memory": done.memory,
         "seconds": done.seconds,
         "tokens_per_s": sum(r["tokens"] for r in steps) / seconds if seconds else 0.0,
         "adapter": str(folder / "adapter"),

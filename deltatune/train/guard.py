@@ -166,6 +166,7 @@ class Stop:
         self.signal = number
         if self.abort:
             raise Interrupted
+        os.write(2, b"\nstopping after this step, and saving; once more to stop at once\n")
 
     @contextmanager
     def aborting(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..core.attach import activate, attach, attached, each, known, packing, trainable
 from ..core.delta import Given
+from ..core.site import head_modules
 from ..core.store import virtual_ids
 from ..data import formats
 from ..data.batch import Batch, Batching, pack, pad, plan
@@ -27,10 +29,12 @@ from ..data.problems import BadRow, Problems
 from ..data.sources import files
 from ..data.stream import Order, stream
 from ..evaluate.incontext import Prompt
+from ..evaluate.score import measurable
 from ..methods import build as build_methods
 from ..methods.freeze import Head
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
+from ..zoo import dtype as best_dtype
 from ..zoo import model_path
 from . import memory
 from .sampler import Sampler
@@ -251,15 +255,7 @@ def model_config(path: Path | str) -> Any:
 def dtype(config: Config) -> torch.dtype:
     """What the user asked for, or bf16 where the hardware multiplies it fast."""
     asked = next((x for x in (config.model.dtype, config.train.precision) if x != "auto"), None)
-    return DTYPES[asked or ("bf16" if has_bf16() else "fp32")]
-
-
-def has_bf16() -> bool:
-    """Whether this machine has bf16 matrix instructions."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, probe, lambda: False)()) for probe in probes)
+    return DTYPES[asked] if asked else best_dtype()
 
 
 def methods(config: Config, objective: Any) -> tuple[Any, ...]:
@@ -307,7 +303,9 @@ def settle(job: Job) -> Job:
         if coder.truncated:
             job.notes.append(f"{coder.truncated} rows are cut to max_length, {coder.lost_tokens} tokens are lost")
     for rows in (job.eval, *job.ood.values()):
-        job.encode(rows)  # a row that cannot be measured is better known now than after hours
+        if rows:  # a row that cannot be measured is better known now than after hours
+            job.encode(rows)
+            measurable(job, rows)
     job.recompute = recomputes(job)
     pinned = {
         "precision": {v: k for k, v in DTYPES.items()}.get(next(job.model.parameters()).dtype, "auto"),
@@ -327,6 +325,11 @@ def longest(job: Job) -> int:
     if config.model_type in OFFSET_POSITIONS:  # numbered from after the padding id
         places -= int(config.pad_token_id or 0) + 1
     places -= known(job.model, job.adapter).shifts.get(job.adapter, 0)
+    if places < 1:
+        raise ValueError(
+            f"the prefix leaves no room: {config.model_type} has {config.max_position_embeddings} positions, and the "
+            f"adapter takes {known(job.model, job.adapter).shifts[job.adapter]} of them; choose a shorter one"
+        )
     if places < wanted:
         job.notes.append(f"rows may have {places} tokens, not {wanted}: {config.model_type} has no more positions")
     return min(places, wanted)
@@ -408,14 +411,31 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
     have = next(model.parameters()).dtype
     if asked not in (None, have):
         raise ValueError(f"the model is in {have}, train.precision asks for {asked}: convert it with model.to({asked})")
+    if asked is None and have != torch.float32 and best_dtype() == torch.float32:
+        warnings.warn(
+            f"the model is in {have}, which this machine multiplies many times slower than fp32: load it with "
+            "dtype=zoo.dtype()",
+            stacklevel=3,
+        )
     notes: list[str] = []
     train, held, ood = read_sets(config, notes)
     objective = build_objective(objective).fit(train)
     objective.check(model)
     activate(model, name)
+    if objective.task_head and not trains_head(model, name):
+        warnings.warn(
+            f"adapter {name!r} does not train the task head ({', '.join(head_modules(model))}), nor will it be saved: "
+            f"attach(model, [LoRA(), Head()], name={name!r}), unless the head was trained before",
+            stacklevel=3,
+        )
     return settle(
         Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes, fresh=False)
     )
+
+
+def trains_head(model: nn.Module, name: str) -> bool:
+    heads = tuple(head_modules(model))
+    return any(delta.site.write.startswith(heads) for _, delta in each(model, name))
 
 
 def tokenizer_of(model: Any) -> Any:

@@ -42,6 +42,12 @@ def memory() -> dict[str, int]:
     return found
 
 
+def peak_bytes() -> int:
+    """The most memory so far: of the device where torch uses one, else of this process."""
+    found = memory()
+    return found.get("cuda_peak") or found["peak"]
+
+
 def size(count: float) -> str:
     """Bytes as people read them: 1.5 GiB."""
     for unit in ("B", "KiB", "MiB"):
@@ -254,6 +260,11 @@ class Bar:
         """The run is over."""
         self.bar.stop()
         self.say(ending(record))
+
+
+def show(run: Any) -> None:
+    """A run's end screen on standard error."""
+    Console(stderr=True, highlight=False, emoji=False).print(run.screen())
 
 
 def progress(quiet: bool = False, save_every: int = 0, every: int = 0, console: Console | None = None) -> Bar | Lines:

@@ -33,6 +33,7 @@ from .identity import demand_same
 from .job import Job, from_model, in_training, prepare
 from .loop import Loop, Settings, Step
 from .optim import sane_lr
+from .progress import peak_bytes, progress, show
 from .use import evaluate_file, open_adapted, record_of
 
 STARTED = "before.json"  # in checkpoints/: what was measured before step 1, so that a resumed run need not repeat it
@@ -41,10 +42,11 @@ SAVE_SECONDS = 300.0  # between checkpoints where save_every is left out
 
 @dataclass
 class Clock:
-    """Wall-clock seconds by phase; observers that have `on_phase` hear of each."""
+    """Wall-clock seconds by phase, the most memory up to its end; observers with `on_phase` hear of each."""
 
     observers: Sequence[Any] = ()
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str, notes: Sequence[str] = (), **more: Any) -> Iterator[None]:
@@ -55,6 +57,7 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.memory[name] = peak_bytes()
 
 
 # ---- entries ---------------------------------------------------------------------------------------------------------
@@ -97,7 +100,7 @@ def quickstart_config() -> Config:
 
 def demo_prompts(config: Config) -> Sequence[Prompt]:
     """The quickstart's hand-written prompts for the untuned model, where the run is the quickstart's."""
-    if not any(Path(ref).parent.name.startswith("quickstart-") for ref in config.data.train):
+    if not any(Path(ref).parent == demo.folder() for ref in config.data.train):
         return ()
     rows = [json.loads(line) for line in Path(config.data.train[0]).read_text(encoding="utf-8").splitlines()]
     return [Prompt(name, turns=tuple(turns)) for name, turns in demo.prompts(rows).items()]
@@ -106,21 +109,26 @@ def demo_prompts(config: Config) -> Sequence[Prompt]:
 def train(model: Any, objective: Any, *, data: Any, adapter: str = "default", out: Any = None, **given: Any) -> Run:
     """Train adapter `adapter`, attached to `model` already, on `data` (a file, a folder, `-`, a hub or pypi reference).
 
-    Further keywords: `tokenizer`, `observers`, and every key of the configuration's sections data (eval, ood, format),
-    train (lr, epochs, steps, batch_tokens, ...) and eval (metrics, rows, retention, ...). Returns the Run; the adapter
-    alone is active then. ValueError for an unknown keyword, with the nearest name.
+    Says what it does on standard error; `observers=()` is silent. Further keywords: `tokenizer`, `observers`, and every
+    key of the configuration's sections data (eval, ood, format), train (lr, epochs, steps, batch_tokens, ...) and eval
+    (metrics, rows, retention, ...). Returns the Run; the adapter alone is active then. ValueError for an unknown
+    keyword, with the nearest name.
     """
-    tokenizer, observers = given.pop("tokenizer", None), tuple(given.pop("observers", ()))
+    talks = "observers" not in given
+    tokenizer, observers = given.pop("tokenizer", None), tuple(given.pop("observers", ()) or ())
     sections = sorted_out({"data": {"train": data}, "train": {}, "eval": {}}, given)
     goal = record(build_objective(objective))
     blocks = [{name: fields} for block in methods_of(model, adapter) for name, fields in block.items()]
     name = str(getattr(model.config, "_name_or_path", "") or IN_MEMORY)
     config = resolve(Config(model=name, method=blocks, objective=goal, **sections)).config
+    observers = (progress(save_every=config.train.save_every or 0),) if talks else observers
     folder, clock = place(config, Path(out) if out else None), Clock(observers)
     with clock.phase("prepare"), claimed(folder):
         job = from_model(model, objective, config, {"adapter": adapter, "tokenizer": tokenizer})
     done = execute(job, folder, clock)
     activate(model, adapter)
+    if talks:
+        show(done)
     return done
 
 
@@ -282,7 +290,7 @@ def closing(job: Job, folder: Path, opened: Opened, loop: Loop, clock: Clock) ->
         checks = [*opened.checks, *after_training(job, folder / "adapter", opened)]
     with clock.phase("after"):
         result = evidence.after(job, opened.first)
-    done = Finished(checks, result, clock.seconds, loop.progress.step, loop.trainable)
+    done = Finished(checks, result, clock.seconds, clock.memory, loop.progress.step, loop.trainable)
     return finish(job, folder, done)
 
 
