@@ -294,7 +294,7 @@ def test_parts_of_fused_projections_become_rows_of_the_whole(family, parts):
 def test_methods_without_weights_are_refused_with_the_way_out(method):
     model = shaken(pair(), method, "c", 3)
     have = attached(model)
-    with pytest.raises(Refusal, match="no equivalent weight.*What works: keep it attached"):
+    with pytest.raises(Refusal, match=r"no equivalent weight.*What works: keep it attached"):
         combine(model, {"a": 1.0, "c": 1.0}, "mix")
     assert attached(model) == have
 

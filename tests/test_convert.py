@@ -106,7 +106,7 @@ def test_a_loras_own_factors_are_kept_to_the_bit():
 def test_ia3_at_full_energy_is_itself_and_at_less_says_how_far_off():
     model = shaken(tiny("llama"), IA3(), "a", 1)
     batches = [ids(model, seed) for seed in range(2)]
-    with pytest.raises(ValueError, match="of full rank .16.: give r=.* or energy="):
+    with pytest.raises(ValueError, match=r"of full rank .16.: give r=.* or energy="):
         to_lora(model, "a")
     assert to_lora(model, "a", "whole", r=32).error < 1e-6
     assert kl(model, "a", "whole", batches) < 1e-9
@@ -136,7 +136,7 @@ def test_kl_is_the_definition_over_real_positions():
 @pytest.mark.parametrize("method", [BitFit(), IA3(outputs=("v",), inputs=()), (LoRA(r=2), BitFit())])
 def test_what_a_lora_cannot_hold_is_refused_or_reported(method):
     model = shaken(tiny("opt"), method, "a", 1)
-    with pytest.raises(Refusal, match="linear layers' weights only.*bias.*drop=True"):
+    with pytest.raises(Refusal, match=r"linear layers' weights only.*bias.*drop=True"):
         to_lora(model, "a", r=32)
     if isinstance(method, BitFit):
         with pytest.raises(ValueError, match="changes no linear layer's weight"):

@@ -235,8 +235,8 @@ def refuse_fused(state: State | None) -> None:
     """While adapters are in the weights, deltas are off and the layers are not the base's."""
     if state is not None and state.fused is not None:
         raise ValueError(
-            f"{', '.join(map(repr, state.fused.names))} is fused into the weights, and all other adapters are off: only "
-            "forward passes, fuse() and unfuse() work now. Call unfuse(model) first: it restores the base to the bit"
+            f"{', '.join(map(repr, state.fused.names))} is fused into the weights, and all other adapters are off: "
+            "only forward passes, fuse() and unfuse() work now. Call unfuse(model) first: it restores the base's bits"
         )
 
 

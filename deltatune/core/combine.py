@@ -116,7 +116,7 @@ def by_factors(parts: Sequence[tuple[str, float, Change]], wanted: Combination, 
 
 
 def mixed(tensors: Sequence[Tensor], weights: Sequence[float], wanted: Combination, keys: Sequence[str]) -> Tensor:
-    """Thin out what `how` thins out, then sum, or mean where the signs agree. keys: what each one's drop is drawn by."""
+    """Thin out as `how` says, then sum, or average where the signs agree. keys: what each one's drop is drawn by."""
     if wanted.how == "ties":
         tensors = [trim(t, wanted.density) for t in tensors]
     elif wanted.how != "linear":
