@@ -121,8 +121,9 @@ def give_back(model: nn.Module, found: Fused) -> None:
         for (path, key), original in found.kept.items():
             parameter = model.get_submodule(path).get_parameter(key)
             parameter.data = original.to(parameter.device, parameter.dtype)
+        opened: dict[Path, Any] = {file: safe_open(file, "pt") for file in set(found.files.values())}
         for (path, key), file in found.files.items():
-            model.get_submodule(path).get_parameter(key).data.copy_(read(file, f"{path}.{key}"))
+            model.get_submodule(path).get_parameter(key).data.copy_(opened[file].get_tensor(f"{path}.{key}"))
     found.kept.clear()
     found.files.clear()
 
