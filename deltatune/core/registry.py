@@ -47,7 +47,14 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
     """Register a frozen dataclass as a method: @method("ia3", paper="2205.05638", kind="rescale", peft="IA3", ...)."""
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} of method {name!r}: choose from {', '.join(KINDS)}")
-    known = {"mergeable": False, "peft": None, "lr": 1e-3, "identity": True, "source": "", "tiny": {"": {}}}
+    known: dict[str, Any] = {
+        "mergeable": False,
+        "peft": None,
+        "lr": 1e-3,
+        "identity": True,
+        "source": "",
+        "tiny": {"": {}},
+    }
 
     def register(cls: type) -> type:
         METHODS[name] = Entry(name, cls, paper, kind, **{**known, **facts})
