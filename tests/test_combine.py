@@ -25,7 +25,9 @@ Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 
 def shaken(model, method, name: str, seed: int):
     """`method` attached away from the base, drawn by `seed`."""
-    attach(model, method, name)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        attach(model, method, name)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in parameters(model, name).values():
