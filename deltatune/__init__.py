@@ -10,6 +10,9 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "deltatune.core.attach": ("attach", "detach", "activate", "disabled", "rows", "merge", "trainable"),
+    "deltatune.core.fuse": ("fuse", "unfuse", "fused"),
+    "deltatune.core.combine": ("combine",),
+    "deltatune.core.convert": ("extract", "to_lora", "export_lora"),
     "deltatune.core.store": ("save", "load", "virtual_ids", "add_tokens"),
     "deltatune.objectives": ("SFT", "Classify", "Cloze"),
 }

@@ -37,7 +37,7 @@ before = dict(os.environ)
 from deltatune.cli import main
 import deltatune, deltatune.config
 assert dict(os.environ) == before, "importing changed the environment"
-names = "methods schema runs train resume eval generate merge chat doctor data".split() + ["data check"]
+names = "methods schema runs train resume eval generate merge export extract chat doctor data".split() + ["data check"]
 lines = [[*name.split(), "--help"] for name in names]
 lines += [["--help"], [], ["methods", "--json"], ["schema", "--json"], ["runs"], ["train", "none.yaml"]]
 lines += [["train", "--model", "x"]]
@@ -61,7 +61,8 @@ def test_help_and_everything_cheap_load_no_torch():
 
 def test_every_command_is_there():
     text = call("--help").output
-    for name in ("methods", "data", "train", "resume", "eval", "generate", "chat", "merge", "runs", "doctor", "schema"):
+    named = "methods data train resume eval generate chat merge export extract runs doctor schema"
+    for name in named.split():
         assert f" {name} " in text
     assert "OMP_WAIT_POLICY=PASSIVE" in text
 
@@ -209,7 +210,7 @@ def test_standard_output_comes_back(capfd):
 def test_methods_lists_what_the_contract_names():
     records = {record["name"]: record for record in json.loads(call("methods", "--json").stdout)}
     lora = records["lora"]
-    assert {"name", "paper", "kind", "mergeable", "peft", "defaults"} <= set(lora)
+    assert {"name", "paper", "kind", "mergeable", "peft", "defaults", "source"} <= set(lora)
     assert (lora["paper"], lora["mergeable"], lora["peft"], lora["defaults"]["r"]) == ("2106.09685", True, "LORA", 8)
     assert records["mam"]["kind"] == "preset"
     assert [next(iter(block)) for block in records["mam"]["method"]] == ["prefix", "adapter"]
@@ -224,6 +225,23 @@ def test_methods_says_what_a_family_refuses_and_why(tmp_path):
     refused = {record["name"]: record["refused"] for record in records if "refused" in record}
     assert all(reason for reason in refused.values())
     assert "lora" not in refused
+
+
+def test_methods_counts_sites_and_parameters_of_a_model(tmp_path):
+    from models import tiny
+
+    tiny("llama").save_pretrained(tmp_path)
+    records = {r["name"]: r for r in json.loads(call("methods", "--json", "--model", str(tmp_path)).stdout)}
+    assert records["ia3"]["sites"] == {"self_attn.k_proj": 2, "self_attn.v_proj": 2, "mlp.down_proj": 2}
+    assert records["ia3"]["parameters"] == 2 * (16 + 16 + 48)
+    assert records["lora-qv"]["parameters"] == 2 * 8 * (32 + 32 + 32 + 16)
+    assert records["lora-qv"]["sites"] == {"self_attn.q_proj": 2, "self_attn.v_proj": 2}
+    assert records["full"]["parameters"] == sum(p.numel() for p in tiny("llama").parameters())
+    assert "has none" in records["bitfit"]["refused"]
+    assert "parameters" not in records["bitfit"]
+    text = call("methods", "--model", str(tmp_path)).stdout
+    assert "2 self_attn.k_proj" in text
+    assert "refused: BitFit" in text
 
 
 def test_schema_is_a_document():

@@ -139,3 +139,65 @@ def test_data_is_checked_before_a_run_finds_out(made, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": \n')
     bad = call("data", "check", tmp_path / "bad.jsonl", "--json", code=2)
     assert json.loads(bad.stdout)["ok"] is False
+
+
+# ---- adapters as changes of weights ----------------------------------------------------------------------------------
+def loss(made: Path, *where) -> float:
+    return answer("eval", *where, "--data", made / "rows.jsonl", "--set", "eval.max_new_tokens=4")["loss"]
+
+
+@pytest.fixture(scope="module")
+def other(made) -> Path:
+    """A second adapter of the same base, by another method."""
+    words = ["--model", made / "model", "--data", made / "rows.jsonl", "--eval", made / "rows.jsonl"]
+    call("train", *words, "--method", "ia3", "--out", made / "ia3", "--set", "train.lr=0.1", *TRAIN)
+    return made / "ia3"
+
+
+def test_several_adapters_are_merged_by_weight(made, other, tmp_path):
+    both = answer("merge", made / "run", "--with", f"{other}:0.5", "--out", tmp_path / "both")
+    assert both["weights"] == {str(made / "run"): 1.0, str(other): 0.5}
+    assert both["exact"] is True
+    merged = loss(made, "--model", tmp_path / "both")
+    assert merged != pytest.approx(loss(made, "--adapter", made / "run"), rel=1e-5)
+    gone = ["merge", made / "run", "--with", f"{made / 'run'}:-1", "--with", f"{made / 'run'}", "--out"]
+    answer(*gone, tmp_path / "one")  # a - a + a
+    assert loss(made, "--model", tmp_path / "one") == pytest.approx(loss(made, "--adapter", made / "run"), rel=1e-4)
+    cut = answer("merge", made / "run", "--with", other, "--how", "ties", "--rank", "2", "--adapter-only",
+                 "--out", tmp_path / "cut")  # fmt: skip
+    assert 0 < cut["error"] < 1
+    assert set(cut["ranks"].values()) == {2}
+    assert loss(made, "--adapter", tmp_path / "cut", "--model", made / "model") > 0
+    wrong = call("merge", made / "run", "--with", other, "--how", "tyes", "--out", tmp_path / "no", code=2)
+    assert "Did you mean 'ties'" in wrong.stderr
+    assert not (tmp_path / "no").exists()
+    assert "no such adapter folder" in call("merge", made / "run", "--with", "none:1", "--out", tmp_path / "no",
+                                            code=2).stderr  # fmt: skip
+
+
+def test_an_adapter_is_exported_as_a_lora_with_its_kl(made, other, tmp_path):
+    assert "--lora" in call("export", other, "--out", tmp_path / "a", code=2).stderr
+    assert "full rank" in call("export", other, "--lora", "--out", tmp_path / "a", code=2).stderr
+    whole = answer("export", other, "--lora", "--energy", "1.0", "--out", tmp_path / "whole")
+    assert whole["kl"] < 1e-8
+    assert json.loads((tmp_path / "whole" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    tuned = loss(made, "--adapter", other)
+    assert loss(made, "--adapter", tmp_path / "whole", "--model", made / "model") == pytest.approx(tuned, rel=1e-4)
+    words = ["export", other, "--lora", "--rank", "1", "--data", made / "rows.jsonl"]
+    cut = call(*words, "--max-kl", "1e-9", "--out", tmp_path / "cut", "--json", code=3)
+    assert json.loads(cut.stdout)["kl"] > 1e-9
+    assert "KL(adapter || LoRA)" in call(*words, "--out", tmp_path / "again").stdout
+
+
+def test_a_lora_is_extracted_from_a_tuned_model(made, tmp_path):
+    call("merge", made / "run", "--out", tmp_path / "tuned")
+    words = ["extract", "--model", made / "model", "--tuned", tmp_path / "tuned"]
+    assert "--rank" in call(*words, "--out", tmp_path / "a", code=2).stderr
+    found = answer(*words, "--rank", "2", "--out", tmp_path / "found")
+    assert found["error"] < 1e-3
+    assert found["left"] == {}
+    wanted = loss(made, "--adapter", made / "run")
+    assert loss(made, "--adapter", tmp_path / "found", "--model", made / "model") == pytest.approx(wanted, rel=1e-4)
+    text = call(*words, "--rank", "1", "--target", "attention", "--out", tmp_path / "less").stdout
+    assert "remaining error" in text
+    assert "not in the LoRA: model.layers.0.mlp" in text

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 import pytest
+import torch
 
 from deltatune import IA3, Adapter, LoRA, Prefix
-from deltatune.core.registry import KINDS, METHODS, PRESETS, build, index, method, refused, spec
+from deltatune.core.registry import KINDS, METHODS, PRESETS, Entry, build, index, method, refused, spec, survey
 from models import tiny
 
 
@@ -82,3 +84,25 @@ def test_the_index_is_plain_and_names_presets():
 def test_refused_says_which_methods_a_model_cannot_take():
     assert list(refused(tiny("llama"))) == ["bitfit", "head"]
     assert list(refused(tiny("bert", "classify"))) == []
+
+
+def test_a_survey_needs_no_weights_and_says_what_the_defaults_leave_open(monkeypatch):
+    class Asks:
+        def deltas(self, model):
+            raise ValueError("say which words")
+            yield
+
+    class Reads:
+        def deltas(self, model):
+            float(model.lm_head.weight.sum())
+            yield
+
+    for name, cls in (("asks", Asks), ("reads", Reads)):
+        entry = Entry(name, dataclass(frozen=True)(cls), "", "linear", False, None, 1.0, True, "", {})
+        monkeypatch.setitem(METHODS, name, entry)
+    with torch.device("meta"):
+        found = survey(type(tiny("llama"))(tiny("llama").config))
+    assert found["norm-tuning"]["parameters"] == 5 * 32
+    assert found["norm-tuning"]["sites"] == {"input_layernorm": 2, "post_attention_layernorm": 2, "model.norm": 1}
+    assert str(found["asks"]) == "say which words"
+    assert "without the weights" in str(found["reads"])

@@ -1,9 +1,7 @@
-"""`deltatune eval`, `generate` and `merge`: a base model with or without an adapter, put to use."""
+"""`deltatune eval` and `generate`: a base model with or without an adapter, put to use."""
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -145,37 +143,3 @@ def generate(
         if len(asked) > 1:
             screen().print(f"# {plain(place or str(source))}", markup=False, style="dim", soft_wrap=True)
         screen().print(plain(text), markup=False, soft_wrap=True)
-
-
-@main.command()
-def merge(
-    adapter: Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder or a run folder.")],
-    out: Annotated[Path, typer.Option("--out", help="A new folder for the merged model.")],
-    model: Model = None,
-    json_: Json = False,
-) -> None:
-    """Write the base with the adapter merged in, as an ordinary model folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; name a new folder")
-    loaded, tokenizer, _ = opened(model, adapter)
-    from deltatune.core.attach import attached
-    from deltatune.core.attach import merge as merged
-    from deltatune.objectives.common import quiet
-
-    (name,) = attached(loaded)
-    whole: Any = merged(loaded, name)
-    # A folder that is there is whole: written beside its place, then renamed.
-    part = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex}")
-    try:
-        with quiet():
-            whole.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-        if out.exists():
-            out.rmdir()
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    if machine():
-        emit({"merged": str(out), "adapter": str(adapter)})
-    else:
-        screen().print(f"merged model in {out}", markup=False)

@@ -110,6 +110,7 @@ def shift_of(found: list[tuple[Site, Delta]]) -> int:
 
 
 def check_new(model: nn.Module, name: str, methods: tuple[Any, ...]) -> None:
+    refuse_fused(getattr(model, STATE, None))
     if not NAME.fullmatch(name):
         raise ValueError(f"adapter name {name!r}: use 1 to 64 letters, digits, '_' or '-'")
     if hasattr(Slot(), name):
@@ -244,7 +245,17 @@ def known(model: nn.Module, *names: str) -> State:
             raise ValueError(f"no adapter {name!r} is attached.{hint} Attached: {', '.join(have) or 'none'}")
     if state is None:
         raise ValueError("no adapter is attached to this model")
+    refuse_fused(state)
     return state
+
+
+def refuse_fused(state: State | None) -> None:
+    """While adapters are in the weights, deltas are off and the layers are not the base's."""
+    if state is not None and state.fused is not None:
+        raise ValueError(
+            f"{', '.join(map(repr, state.fused.names))} is fused into the weights, and all other adapters are off: "
+            "only forward passes, fuse() and unfuse() work now. Call unfuse(model) first: it restores the base's bits"
+        )
 
 
 def each(model: nn.Module, name: str) -> Iterator[tuple[nn.Module, Delta]]:
@@ -462,8 +473,13 @@ def refuse_merge(model: nn.Module, delta: Delta) -> None:
 
 
 def merged_values(target: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
-    """(layer, parameter) -> whole tensors, as the layers of `target` store them. Overwrites the layers on the way,
-    so that each of a union's deltas builds on the one before."""
+    """(layer, parameter) -> whole tensors, as the layers of `target` store them. Overwrites the layers on the way."""
+    return {place: tensor.clone() for place, tensor in write_merged(target, name).items()}
+
+
+def write_merged(target: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
+    """Overwrite the layers with what `name` makes of them, in place, so that each of a union's deltas builds on the
+    one before; (layer, parameter) -> the layer's own tensor."""
     touched: dict[tuple[str, str], Tensor] = {}
     for path, slot in slots(target).items():
         layer = target.get_submodule(path)
@@ -471,7 +487,7 @@ def merged_values(target: nn.Module, name: str) -> dict[tuple[str, str], Tensor]
         for delta in sorted(slot.of(name), key=lambda d: overrides(d, "before")):
             changed = delta.names if isinstance(delta, InPlace) else merge_one(layer, delta)
             touched |= {(path, key): layer.get_parameter(key).detach() for key in changed}
-    return {place: tensor.clone() for place, tensor in touched.items()}
+    return touched
 
 
 def merge_one(layer: nn.Module, delta: Delta) -> list[str]:

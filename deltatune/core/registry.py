@@ -15,6 +15,7 @@ import yaml
 from torch import nn
 
 from .delta import Refusal
+from .site import block_of
 
 KINDS = ("linear", "rescale", "adapter", "attention", "embedding", "selective")
 
@@ -31,6 +32,7 @@ class Entry:
     peft: str | None  # the peft type its saved form follows, None where peft lacks it
     lr: float  # a learning rate to start from
     identity: bool  # the adapted model equals the base before training
+    source: str  # where the default settings come from: "paper, section 4.2", "our sweep"; "" where it is not said
     tiny: Mapping[str, Mapping[str, Any]]  # forms that tiny models can carry, by name ("": the method's own): for tests
 
 
@@ -45,7 +47,14 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
     """Register a frozen dataclass as a method: @method("ia3", paper="2205.05638", kind="rescale", peft="IA3", ...)."""
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r} of method {name!r}: choose from {', '.join(KINDS)}")
-    known = {"mergeable": False, "peft": None, "lr": 1e-3, "identity": True, "tiny": {"": {}}}
+    known: dict[str, Any] = {
+        "mergeable": False,
+        "peft": None,
+        "lr": 1e-3,
+        "identity": True,
+        "source": "",
+        "tiny": {"": {}},
+    }
 
     def register(cls: type) -> type:
         METHODS[name] = Entry(name, cls, paper, kind, **{**known, **facts})
@@ -123,7 +132,7 @@ def index() -> dict[str, Any]:
 
 
 def describe(entry: Entry) -> dict[str, Any]:
-    facts = {k: getattr(entry, k) for k in ("paper", "kind", "mergeable", "peft", "lr", "identity")}
+    facts = {k: getattr(entry, k) for k in ("paper", "kind", "mergeable", "peft", "lr", "identity", "source")}
     return {**facts, **form(entry.cls)}
 
 
@@ -143,11 +152,32 @@ def default_of(field: dataclasses.Field) -> Any:
 
 def refused(model: nn.Module) -> dict[str, Refusal]:
     """The methods that, with their defaults, cannot work on this model, and why."""
-    found = {}
-    for name, entry in METHODS.items():
-        try:
-            for _ in entry.cls().deltas(model):
-                pass
-        except Refusal as refusal:
-            found[name] = refusal
-    return found
+    found = {name: fits(model, name) for name in METHODS}
+    return {name: why for name, why in found.items() if isinstance(why, Refusal)}
+
+
+def survey(model: nn.Module) -> dict[str, Any]:
+    """Method or preset, with its defaults -> what it is on this model ({"sites": {layer of a block: how many},
+    "parameters": trainable numbers}), or the error that says why not. A model on the meta device is enough."""
+    return {name: fits(model, name) for name in (*METHODS, *PRESETS)}
+
+
+def fits(model: nn.Module, name: str) -> dict[str, Any] | Refusal | ValueError:
+    """One method or preset on this model; a Refusal where the family cannot take it, a ValueError where its defaults
+    say too little (rows of tokens nobody named) or too much."""
+    sites: dict[str, int] = {}
+    trained: dict[int, int] = {}  # by identity: shared parameters count once
+    kept: list[Any] = []  # alive until the end, or an identity could be taken twice
+    try:
+        for part in build(name):
+            for site, delta in part.deltas(model):
+                kind = site.key.removeprefix(f"{block_of(f'{site.write}.')}.")  # the same in every block
+                sites[kind] = sites.get(kind, 0) + 1
+                own = delta.trained(model.get_submodule(site.write))
+                trained |= {id(parameter): parameter.numel() for parameter in own.values()}
+                kept.append(delta)
+    except (Refusal, ValueError) as error:
+        return error
+    except RuntimeError as error:  # a meta tensor has no values to start from
+        return ValueError(f"cannot be counted without the weights ({str(error).splitlines()[0]})")
+    return {"sites": sites, "parameters": sum(trained.values())}

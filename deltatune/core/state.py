@@ -30,6 +30,7 @@ class State:
     focus: str | None = None  # the adapter that is trainable
     packing: bool = False
     attention: Any = None  # the implementation to go back to, while ours is in use
+    fused: Any = None  # core.fuse.Fused, while adapters are written into the weights
     grown: Before | None = None  # the vocabulary to go back to, where loading an adapter grew it
     handles: list = field(default_factory=list)
 

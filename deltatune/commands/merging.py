@@ -1,0 +1,215 @@
+"""`deltatune merge`, `export`, `extract`: adapters as changes of weights: added up, cut to a LoRA, found again."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deltatune.commands.adapted import Model, located, opened, prompts_of, question
+from deltatune.commands.methods import Json
+from deltatune.commands.shell import UNVERIFIED, emit, machine, main, screen
+from deltatune.terminal import plain
+
+Run = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder or a run folder.")]
+Rank = Annotated[int | None, typer.Option("--rank", min=1, help="The rank to cut to; left out: nothing is cut.")]
+Energy = Annotated[
+    float | None, typer.Option("--energy", help="Instead of --rank: the share of the change's squared norm to keep.")
+]
+HOWS = "linear, cat, svd, ties, dare or dare_ties"
+
+
+def check_new(out: Path) -> None:
+    """ValueError unless `out` is free."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; name a new folder")
+
+
+def weighted(text: str) -> tuple[Path, float]:
+    """'runs/b:0.5' -> (runs/b, 0.5); without a number the weight is 1."""
+    folder, _, weight = text.rpartition(":")
+    try:
+        return (Path(folder), float(weight)) if folder else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def tell(facts: dict[str, Any], lines: Sequence[str]) -> None:
+    """One JSON document, or lines for people."""
+    if machine():
+        emit(facts)
+        return
+    for line in lines:
+        screen().print(plain(line), markup=False, soft_wrap=True)
+
+
+def facts_of(fit: Any) -> dict[str, Any]:
+    """A Fit as JSON."""
+    return {"error": fit.error, "ranks": dict(fit.ranks), "errors": dict(fit.errors), "left": dict(fit.left)}
+
+
+def lines_of(fit: Any) -> list[str]:
+    """A Fit for people: ranks, what is lost over all and where most, what was left out."""
+    ranks = sorted(set(fit.ranks.values()))
+    found = [f"ranks {ranks[0]} to {ranks[-1]} in {len(fit.ranks)} layers"] if ranks else []
+    found.append(f"remaining error {fit.error:.2e} of the change (Frobenius)")
+    worst = max(fit.errors, key=lambda key: fit.errors[key], default=None)
+    if worst is not None and fit.errors[worst]:
+        found.append(f"largest in {worst}: {fit.errors[worst]:.2e}")
+    return found + [f"not in the LoRA: {key} (norm of its change {size:.2e})" for key, size in fit.left.items()]
+
+
+def write_model(model: Any, tokenizer: Any, out: Path) -> None:
+    """An ordinary model folder: whole when it is there, as it is written beside its place and renamed."""
+    from deltatune.objectives.common import quiet
+
+    part = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex}")
+    try:
+        with quiet():
+            model.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+        if out.exists():
+            out.rmdir()
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def combined(loaded: Any, others: Sequence[tuple[Path, float]], weight: float, options: dict[str, Any]) -> Any:
+    """Attach the other adapters, and all together as "combined"."""
+    from deltatune.core.combine import combine
+    from deltatune.core.store import load
+
+    weights = {"default": weight}
+    for number, (folder, own) in enumerate(others, 2):
+        _, place = located(None, folder)
+        weights[load(loaded, place or folder, f"number{number}")] = own
+    return combine(loaded, weights, "combined", **options)
+
+
+@main.command()
+def merge(
+    adapter: Run,
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the result.")],
+    with_: Annotated[
+        list[str] | None, typer.Option("--with", metavar="DIR[:WEIGHT]", help="Another adapter; may be repeated.")
+    ] = None,
+    weight: Annotated[float, typer.Option(help="The first adapter's weight; a negative one takes it away.")] = 1.0,
+    how: Annotated[str, typer.Option(help=f"How several become one: {HOWS}.")] = "linear",
+    rank: Rank = None,
+    density: Annotated[float, typer.Option(help="The share of values that ties and dare keep.")] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what dare drops.")] = 0,
+    adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Write an adapter, not a model.")] = False,
+    model: Model = None,
+    json_: Json = False,
+) -> None:
+    """Write the base with one adapter or several merged in, as an ordinary model folder."""
+    check_new(out)
+    others = [weighted(text) for text in with_ or ()]
+    loaded, tokenizer, _ = opened(model, adapter)
+    from deltatune.core.attach import attached
+    from deltatune.core.attach import merge as merged
+    from deltatune.core.store import save
+
+    (name,) = attached(loaded)
+    facts: dict[str, Any] = {"merged": str(out), "adapter": str(adapter)}
+    lines: list[str] = []
+    if others or weight != 1.0 or adapter_only or how != "linear" or rank is not None:
+        options = {"how": how, "r": rank, "density": density, "seed": seed}
+        fit = combined(loaded, others, weight, options)
+        name = "combined"
+        told = {str(adapter): weight, **{str(folder): own for folder, own in others}}
+        facts |= {"weights": told, **options, "exact": rank is None, **facts_of(fit)}
+        lines = lines_of(fit) if rank is not None else ["exact: nothing was cut"]
+    if adapter_only:
+        save(loaded, name, out, base=located(model, adapter)[0])
+    else:
+        write_model(merged(loaded, name), tokenizer, out)
+    tell(facts, [*lines, f"{'adapter' if adapter_only else 'merged model'} in {out}"])
+
+
+def probes(model: Any, tokenizer: Any, data: str | None) -> list[dict[str, Any]]:
+    """What the KL is measured on: the questions of `data`, or 4 rows of 64 random tokens."""
+    import torch
+
+    device = next(model.parameters()).device
+    if data is None:
+        size = int(model.get_input_embeddings().num_embeddings)
+        ids = torch.randint(0, size, (4, 64), generator=torch.Generator().manual_seed(0))
+        found = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
+    else:
+        texts = [question(example) for example in prompts_of(data)[:64]]
+        found = [dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=512)) for text in texts]
+    if model.config.is_encoder_decoder:
+        found = [{**row, "decoder_input_ids": row["input_ids"]} for row in found]
+    return [{key: value.to(device) for key, value in row.items()} for row in found]
+
+
+@main.command()
+def export(
+    adapter: Run,
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the exported adapter.")],
+    lora: Annotated[bool, typer.Option("--lora", help="As a peft LoRA folder: what LoRA-only servers read.")] = False,
+    rank: Rank = None,
+    energy: Energy = None,
+    drop: Annotated[bool, typer.Option("--drop", help="Leave out what a LoRA cannot hold (biases, norms).")] = False,
+    data: Annotated[str | None, typer.Option(help="Rows for the KL; left out: random tokens.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Exit code 3 when the KL is above this.")] = None,
+    model: Model = None,
+    json_: Json = False,
+) -> None:
+    """Write any adapter that is a change of weights as a LoRA, and say what that costs."""
+    if not lora:
+        raise ValueError("say what to export to: --lora is the form there is")
+    check_new(out)
+    loaded, tokenizer, _ = opened(model, adapter)
+    from deltatune.core.convert import kl, to_lora
+    from deltatune.core.store import save
+
+    fit = to_lora(loaded, "default", "exported", r=rank, energy=energy, drop=drop)
+    drift = kl(loaded, "default", "exported", probes(loaded, tokenizer, data))
+    save(loaded, "exported", out, base=located(model, adapter)[0])
+    measured = data or "random tokens"
+    facts = {"exported": str(out), "adapter": str(adapter), "kl": drift, "kl_on": measured, **facts_of(fit)}
+    tell(facts, [*lines_of(fit), f"KL(adapter || LoRA) {drift:.2e} nats a token on {measured}", f"LoRA in {out}"])
+    if max_kl is not None and drift > max_kl:
+        raise typer.Exit(UNVERIFIED)
+
+
+def weights_of(ref: str) -> Any:
+    """A model in float32, which holds half precision exactly: the difference of two must not be rounded."""
+    import torch
+
+    from deltatune.objectives.common import language_class, load
+    from deltatune.train.job import model_config
+    from deltatune.zoo import model_path
+
+    path = model_path(ref)
+    return load(language_class(model_config(path)), path, dtype=torch.float32)
+
+
+@main.command()
+def extract(
+    model: Annotated[str, typer.Option("--model", help="The base model.")],
+    tuned: Annotated[str, typer.Option("--tuned", help="The same model after full tuning.")],
+    out: Annotated[Path, typer.Option("--out", help="A new folder for the adapter.")],
+    rank: Rank = None,
+    energy: Energy = None,
+    target: Annotated[list[str] | None, typer.Option(help="A role, name or regex; may be repeated.")] = None,
+    json_: Json = False,
+) -> None:
+    """Find the LoRA nearest to what full tuning did, and list what it cannot hold."""
+    check_new(out)
+    if rank is None and energy is None:
+        raise ValueError("say how much to keep: --rank N or --energy 0.99")
+    base, other = weights_of(model), weights_of(tuned)
+    from deltatune.core.convert import extract as found
+    from deltatune.core.store import save
+
+    fit = found(base, other, rank, tuple(target or ("all",)), energy=energy)
+    save(base, "extracted", out, base=model)
+    tell({"extracted": str(out), **facts_of(fit)}, [*lines_of(fit), f"LoRA in {out}"])

@@ -1,0 +1,269 @@
+"""Task vectors (Ilharco et al. 2022, arXiv:2212.04089): tau = theta_tuned - theta_base, layer by layer, in float64."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..methods.freeze import Freeze
+from ..methods.lora import LoRA, LowRank
+from .attach import activate, attach, check_new, each, known, refuse_merge, restored
+from .delta import Delta, Dense, Refusal, overrides
+from .inplace import InPlace
+from .quant import dense, write
+from .registry import finite, whole
+from .site import is_conv1d, is_linear, put, take, widths
+from .slot import slots
+from .vocabulary import unseeded
+
+EPS = torch.finfo(torch.float32).eps  # deltas compute what they merge to in float32
+
+
+@dataclass(frozen=True)
+class Low:
+    """A change of rank r: scale * b [d_out, r] a [r, d_in]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        return int(self.a.shape[0])
+
+    def full(self) -> Tensor:
+        return self.scale * (self.b @ self.a)
+
+
+Change = Low | Tensor
+Changes = dict[tuple[str, str], Change]  # (layer, parameter) -> its change, in nn.Linear's orientation
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What low-rank factors hold of a change: layer -> rank, layer -> |rest| / |change| (Frobenius), the same over all
+    layers together, and the parameters that a low-rank update cannot hold with the size of their change."""
+
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
+    error: float = 0.0
+    left: Mapping[str, float] = field(default_factory=dict)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+def changes(model: nn.Module, name: str) -> Changes:
+    """The change of weights that adapter `name` is. Refusal where one of its deltas is none, or changes a tied weight.
+
+    Low-rank ones stay factors; everything else is whole tensors: as much memory as the layers it touches, in float64.
+    """
+    known(model, name)
+    for delta in (d for _, d in each(model, name)):
+        if not delta.inplace and not overrides(delta, "merged"):
+            delta.merged(Dense(torch.empty(0)))  # the default: says why
+    found: Changes = {}
+    with restored(model), torch.no_grad():
+        activate(model)  # the base's own weights in every layer
+        for path, slot in slots(model).items():
+            here = changed_at(model, path, slot.of(name))
+            found |= {(path, key): change for key, change in here.items()}
+    return found
+
+
+def changed_at(model: nn.Module, path: str, deltas: Sequence[Delta]) -> dict[str, Change]:
+    """parameter -> its change by all `deltas` of one layer, one after the other."""
+    if not deltas:
+        return {}
+    layer = model.get_submodule(path)
+    low = [factors(layer, delta) for delta in deltas]
+    if all(low):
+        return {"weight": stacked([(1.0, part) for part in low if part])}
+    base: dict[str, Tensor] = {}
+    now: dict[str, Tensor] = {}
+    # as merge does: what was trained in place is what the others build on; what changes the input comes last
+    for delta in sorted(deltas, key=lambda d: (not d.inplace, overrides(d, "before"))):
+        refuse_merge(model, delta)
+        for key, tensor in values(layer, delta, now).items():
+            base.setdefault(key, original(layer, key))
+            now[key] = tensor
+    return {key: tensor - base[key] for key, tensor in now.items()}
+
+
+def original(layer: nn.Module, key: str) -> Tensor:
+    return (dense(layer).weight if key == "weight" else layer.get_parameter(key)).double()
+
+
+def values(layer: nn.Module, delta: Delta, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole parameters after `delta`, float64, built on `now` where an earlier delta changed them."""
+    if isinstance(delta, InPlace):
+        kept = delta.stored(layer)
+        return {k: (t.T if k == "weight" and is_conv1d(layer) else t).double() for k, t in kept.items()}
+    columns = delta.site.columns
+    weight = now["weight"] if "weight" in now else original(layer, "weight")
+    bias = getattr(layer, "bias", None)
+    bias = now.get("bias", None if bias is None else bias.double())
+    part = Dense(take(weight, columns, 0), None if bias is None else take(bias, columns, 0))
+    whole_ones = {"weight": weight, "bias": bias}
+    return {k: put(whole_ones.get(k), columns, t.double(), 0) for k, t in delta.merged(part).items()}  # type: ignore[arg-type]
+
+
+def factors(layer: nn.Module, delta: Delta) -> Low | None:
+    """LoRA's own factors, where B A is the change that `merged` makes; None otherwise (a rescaled norm, say)."""
+    if not isinstance(delta, LowRank):
+        return None
+    base = dense(layer, delta.site.columns)
+    a, b = delta.lora_A.double(), delta.lora_B.double()
+    weight = base.weight.double()
+    told = delta.merged(Dense(weight, base.bias))
+    rest = told.pop("weight").double() - weight - float(delta.scale) * (b @ a)
+    if told or rest.abs().max() > 4 * EPS * (weight.abs().max() + rest.abs().max()):
+        return None
+    if delta.site.columns:  # a fused projection's part, as rows of the whole
+        b = put(b.new_zeros(widths(layer)[1], b.shape[1]), delta.site.columns, b, 0)
+    return Low(a, b, float(delta.scale))
+
+
+def stacked(parts: Sequence[tuple[float, Low]]) -> Low:
+    """sum_i w_i scale_i B_i A_i as one product: ranks add up, nothing is lost."""
+    if len(parts) == 1:
+        (weight, low) = parts[0]
+        return Low(low.a, low.b, weight * low.scale) if weight != 1 else low
+    return Low(torch.cat([p.a for _, p in parts]), torch.cat([w * p.scale * p.b for w, p in parts], 1))
+
+
+def full(change: Change) -> Tensor:
+    return change.full() if isinstance(change, Low) else change
+
+
+# ---- low rank --------------------------------------------------------------------------------------------------------
+def decompose(change: Change) -> tuple[Tensor, Tensor, Tensor]:
+    """U [d_out, k], s [k] falling, V^T [k, d_in]; of a product from two thin QRs, which is exact and cheap."""
+    if isinstance(change, Low) and change.rank < min(change.a.shape[1], change.b.shape[0]):
+        left, upper = torch.linalg.qr(change.scale * change.b)
+        right, lower = torch.linalg.qr(change.a.T)
+        u, s, vt = torch.linalg.svd(upper @ lower.T)
+        return left @ u, s, vt @ right.T
+    return torch.linalg.svd(full(change), full_matrices=False)
+
+
+def truncated(change: Change, r: int | None, energy: float | None, noise: float = 0.0) -> tuple[Low | None, float]:
+    """(the nearest change of rank r, or of the least rank that keeps `energy` of sum s^2, what remains as a norm).
+
+    With neither: every singular value above `noise`. None: nothing is left to hold.
+    """
+    u, s, vt = decompose(change)
+    k = min(r, len(s)) if r is not None else len(s)
+    if energy is not None:
+        share = s.square().cumsum(0) / s.square().sum().clamp_min(1e-300)
+        k = min(k, int((share < energy).sum()) + 1)
+    k = min(k, int((s > max(noise, 1e-14 * float(s[0]))).sum()))
+    rest = float(s[k:].norm())
+    return (Low(vt[:k] * s[:k, None].sqrt(), u[:, :k] * s[:k].sqrt()) if k else None), rest
+
+
+def check_size(r: int | None, energy: float | None) -> None:
+    """ValueError unless `r` is a rank and `energy` a share."""
+    if r is not None:
+        whole("r", r)
+    if energy is not None:
+        finite("energy", energy, above=0)
+        if energy > 1:
+            raise ValueError(f"energy is the share of the change's squared norm to keep: 0 < energy <= 1, got {energy}")
+
+
+def held(model: nn.Module, found: Changes) -> tuple[Changes, dict[str, float]]:
+    """(the changes that a LoRA can hold, those that it cannot: biases, norms, embeddings, with their size)."""
+    fits = {place for place in found if place[1] == "weight" and is_linear(model.get_submodule(place[0]))}
+    rest = {".".join(place): float(full(c).norm()) for place, c in found.items() if place not in fits}
+    return {place: found[place] for place in fits}, {key: size for key, size in rest.items() if size}
+
+
+def lower(model: nn.Module, found: Changes, r: int | None, energy: float | None) -> tuple[Changes, Fit]:
+    """Every change of a linear layer as factors, and how well they hold it; the rest is in `Fit.left`."""
+    check_size(r, energy)
+    inside, left = held(model, found)
+    low: Changes = {}
+    ranks, errors = {}, {}
+    rests, sizes = 0.0, 0.0
+    for place in (p for p in found if p in inside):
+        change = inside[place]
+        part, rest = lowered(model, place, change, r, energy)
+        size = float(full(change).norm())
+        if part is not None:
+            low[place], ranks[place[0]] = part, part.rank
+        errors[place[0]] = rest / size if size else 0.0
+        rests, sizes = rests + rest**2, sizes + size**2
+    return low, Fit(ranks, errors, (rests / sizes) ** 0.5 if sizes else 0.0, left)
+
+
+def lowered(
+    model: nn.Module, place: tuple[str, str], change: Change, r: int | None, energy: float | None
+) -> tuple[Low | None, float]:
+    """One layer's change as factors; ValueError where it is of full rank and neither `r` nor `energy` says what to
+    keep."""
+    if isinstance(change, Low) and energy is None and (r is None or change.rank <= r):
+        return change, 0.0
+    if r is not None or energy is not None:
+        return truncated(change, r, energy)
+    layer = model.get_submodule(place[0])
+    part, rest = truncated(change, None, None, EPS * float(original(layer, "weight").norm()))
+    if part is not None and part.rank == min(full(change).shape):
+        raise ValueError(
+            f"the change of {place[0]} is of full rank ({part.rank}): give r=... (a rank) or energy=... (a share of "
+            "its squared norm, such as 0.99), or merge it into the weights"
+        )
+    return part, rest
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+def adopt(model: nn.Module, name: str, found: Changes) -> None:
+    """Attach `found` as a new adapter: LoRA for factors, trained-in-place tensors for the rest. Active and trainable,
+    as after attach. Stored in float32 (LoRA) and in the layer's own dtype (in place)."""
+    low = {path: change for (path, _), change in found.items() if isinstance(change, Low)}
+    whole_ones = [place for place, change in found.items() if not isinstance(change, Low)]
+    if not found:
+        raise ValueError("there is nothing to attach: the adapters change no weight at all")
+    methods = ([lora(low)] if low else []) + ([freeze(whole_ones)] if whole_ones else [])
+    check_new(model, name, tuple(methods))
+    with unseeded(model):
+        attach(model, methods, name)
+    with torch.no_grad():
+        for layer, delta in each(model, name):
+            path = delta.site.write
+            if isinstance(delta, LowRank):
+                part = low[path]
+                delta.put(layer, {"lora_A": part.a.float(), "lora_B": (part.b * (part.scale / delta.scale)).float()})
+            else:
+                for key in delta.stored(layer):
+                    write(layer, key, original(layer, key) + full(found[path, key]))
+
+
+def lora(low: Mapping[str, Low]) -> LoRA:
+    """A LoRA of exactly these layers, each of its own rank and scale."""
+    ranks = [part.rank for part in low.values()]
+    r = max(set(ranks), key=ranks.count)
+    scales = [part.scale for part in low.values()]
+    alpha = r * max(set(scales), key=scales.count)
+    if any(scale <= 0 for scale in scales):  # LoRA's alpha is above 0: the sign goes into B
+        alpha = float(r)
+    own = {p: {"r": t.rank, "alpha": alpha / r * t.rank} for p, t in low.items() if t.rank != r}
+    return LoRA(r, alpha, targets=tuple(low), patterns=own)
+
+
+def freeze(places: Sequence[tuple[str, str]]) -> Freeze:
+    """Exactly these parameters, trained in place."""
+    return Freeze(names=("|".join(re.escape(".".join(place)) for place in places),))
+
+
+def refuse_left(left: Mapping[str, float], drop: bool) -> None:
+    """Refuse what a LoRA cannot hold, unless dropping it was asked for."""
+    if left and not drop:
+        first = ", ".join(list(left)[:3])
+        raise Refusal(
+            "a LoRA holds changes of linear layers' weights only.",
+            found=f"{len(left)} changed parameters that are none, such as {first}",
+            instead="merge the adapter into the weights, or drop=True to leave them out (the report lists them)",
+        )
