@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from counts import count
+from counts import count, stored
 from deltatune.core import peft_format
 from deltatune.core.attach import activate, attach, detach, disabled, merge, parameters, rows, trainable
 from deltatune.core.delta import SLOT, Refusal
@@ -265,7 +265,7 @@ def save_then_load(cell: Cell) -> None:
     ours, theirs = state(model), state(other)
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
-    assert sum(t.numel() for t in ours.values()) == count(cell)
+    assert sum(t.numel() for t in ours.values()) == stored(cell)
     close(logits(other, batch(other)), logits(model, batch(model)), EXACT)
 
 

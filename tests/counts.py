@@ -38,6 +38,28 @@ def count_lora(cell: Any, fields: dict[str, Any]) -> int:
     return sum(layers[role] * fields["r"] * (i + o) for role in roles for i, o in shapes[role])
 
 
+def linear_layers(cell: Any) -> list[tuple[int, int]]:
+    """(d_in, d_out) of every linear layer of the blocks; a fused projection is one."""
+    attention, ffn, kv, shapes = shape(cell)
+    if FAMILIES[cell.family].fused:
+        shapes = {**{r: shapes[r] for r in ("o", "up", "down")}, "qkv": ((32, 32 + 2 * kv),)}
+    return [s for role in shapes for s in shapes[role] * (ffn if role in ("up", "down") else attention)]
+
+
+def count_rows(cell: Any) -> int:
+    return sum(d_out for _, d_out in linear_layers(cell))
+
+
+def count_layers(cell: Any) -> int:
+    return len(linear_layers(cell))
+
+
+def stored(cell: Any) -> int:
+    """Values in a saved adapter: what is trained, and the frozen start of a PiSSA or an OLoRA."""
+    starts = [f for part in cell.parts for f in part.values() if f.get("init") in ("pissa", "olora")]
+    return count(cell) + sum(count_lora(cell, f) for f in starts)
+
+
 def count_adapter(cell: Any, fields: dict[str, Any]) -> int:
     attention, ffn, _, _ = shape(cell)
     places = {"attention": attention, "ffn": ffn}
@@ -70,6 +92,8 @@ def in_last_block(name: str, cell: Any) -> bool:
 
 COUNTS: dict[str, Callable[[Any, dict], int]] = {
     "lora": count_lora,
+    "dora": lambda c, f: count_lora(c, f) + count_rows(c),
+    "adalora": lambda c, f: count_lora(c, {"r": f["init_r"]}) + f["init_r"] * count_layers(c),
     "ia3": lambda c, _: shape(c)[0] * 2 * shape(c)[2] + shape(c)[1] * 48,
     "adapter": count_adapter,
     "prefix": lambda c, f: shape(c)[0] * 2 * shape(c)[2] * f["length"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,24 @@ if TYPE_CHECKING:
     from .site import Site
 
 SLOT = "delta_slot"  # the name of the one child module an adapted layer gets
+
+
+BLANK: ContextVar[bool] = ContextVar("BLANK", default=False)
+
+
+@contextmanager
+def overwritten() -> Iterator[None]:
+    """Inside, starting values are about to be overwritten by a load: costly ones need not be made."""
+    token = BLANK.set(True)
+    try:
+        yield
+    finally:
+        BLANK.reset(token)
+
+
+def blank() -> bool:
+    """Whether a delta made now needs the right shapes only."""
+    return BLANK.get()
 
 
 class Refusal(TypeError):

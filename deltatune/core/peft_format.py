@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..methods.adalora import AdaLoRA
+from ..methods.dora import Decomposed
 from ..methods.freeze import Head
 from ..methods.ia3 import IA3, ScaleInput, ScaleOutput
-from ..methods.lora import LoRA, LowRank
+from ..methods.lora import LoRA
+from ..methods.low_rank import LowRank
 from ..methods.prefix import KeysValues, Prefix
 from ..methods.prompt import Prompt, Rows
+from ..methods.triplets import Triplets
+from . import peft_lora
 from .attach import known
 from .delta import Delta
-from .registry import finite, whole
-from .site import head_modules, is_conv1d, layers, put, take, widths
+from .peft_parts import CONFIG, PREFIX, TENSORS, Parts, all_of, body, short_names
+from .registry import whole
+from .site import head_modules, is_conv1d, put, take, widths
 from .slot import slots
 
-PREFIX = "base_model.model."
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+__all__ = ["CONFIG", "TENSORS", "methods", "read", "resize", "strict", "writable", "write"]
+
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
-
-MOST_RANK, MOST_ALPHA = 512, 100_000  # a file of strangers: beyond these it is a mistake or an attack
 GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
-
-Parts = dict[str, list[Delta]]  # layer name -> its deltas
 
 
 def writable(model: nn.Module, name: str) -> str | None:
@@ -38,6 +39,8 @@ def writable(model: nn.Module, name: str) -> str | None:
     (only,) = methods
     if isinstance(only, LoRA):
         return "LORA"
+    if isinstance(only, AdaLoRA) and peft_lora.separable(body(model, name)):
+        return "ADALORA"
     if isinstance(only, IA3) and not any(len({type(d) for d in p}) > 1 for p in body(model, name).values()):
         return "IA3"
     alone = len(known(model, name).methods[name]) == 1
@@ -71,16 +74,6 @@ def task(model: nn.Module) -> str | None:
     )
 
 
-def body(model: nn.Module, name: str) -> Parts:
-    """layer -> deltas of adapter `name`, task heads left out."""
-    found = {path: [d for d in slot.of(name) if not d.inplace] for path, slot in slots(model).items()}
-    return {path: ds for path, ds in found.items() if ds}
-
-
-def all_of(model: nn.Module, name: str, kind: type) -> list[Any]:
-    return [d for ds in body(model, name).values() for d in ds if isinstance(d, kind)]
-
-
 # ---- writing ---------------------------------------------------------------------------------------------------------
 def write(model: nn.Module, name: str, kind: str, base: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(adapter_config.json, tensors) of adapter `name` as peft type `kind`."""
@@ -93,38 +86,6 @@ def write(model: nn.Module, name: str, kind: str, base: str | None) -> tuple[dic
         tensors |= {f"{PREFIX}{path}.{key}": t for key, t in delta.stored(model.get_submodule(path)).items()}
     common = {"peft_type": kind, "task_type": task(model), "base_model_name_or_path": base, "inference_mode": True}
     return {**common, "revision": None, **extra}, {k: t.detach().contiguous() for k, t in tensors.items()}
-
-
-def write_lora(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    tensors, ranks, alphas = {}, {}, {}
-    for path, ds in parts.items():
-        low = [d for d in ds if isinstance(d, LowRank)]
-        d_out = widths(model.get_submodule(path))[1]
-        ranks[path] = sum(d.r for d in low)
-        alphas[path] = low[0].scale * ranks[path]
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = torch.cat([d.lora_A for d in low])
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = torch.cat(
-            [widened(d, d.lora_B * (d.scale / low[0].scale), d_out) for d in low], 1
-        )
-    r, alpha = most(ranks.values()), most(alphas.values())
-    config = {
-        "r": r,
-        "lora_alpha": alpha,
-        "lora_dropout": next(d.dropout for ds in parts.values() for d in ds),
-        "target_modules": short_names(model, list(parts)),
-        "rank_pattern": {p: v for p, v in ranks.items() if v != r},
-        "alpha_pattern": {p: v for p, v in alphas.items() if v != alpha},
-        "bias": "none",
-        "fan_in_fan_out": any(is_conv1d(model.get_submodule(p)) for p in parts),
-    }
-    return config, tensors
-
-
-def widened(delta: Delta, part: Tensor, d_out: int) -> Tensor:
-    """A fused projection's part [d, ...] as rows of the whole projection [d_out, ...], zero elsewhere."""
-    if delta.site.columns is None:
-        return part
-    return put(part.new_zeros(d_out, *part.shape[1:]), delta.site.columns, part, 0)
 
 
 def write_ia3(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -177,22 +138,10 @@ def virtual(model: Any, length: int, n_layers: int) -> dict[str, Any]:
     }
 
 
-def most(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
-
-
-def short_names(model: nn.Module, paths: list[str]) -> list[str]:
-    """['q_proj', ...] where such endings mean exactly `paths` (what serving engines expect), else the whole names."""
-    ends = sorted({p.rsplit(".", 1)[-1] for p in paths})
-    covered = {
-        n for n, m in layers(model) if n.rsplit(".", 1)[-1] in ends and isinstance(getattr(m, "weight", None), Tensor)
-    }
-    return ends if covered == set(paths) else sorted(paths)
-
-
 Writer = Callable[[nn.Module, str, Parts], tuple[dict[str, Any], dict[str, Tensor]]]
 WRITERS: dict[str, Writer] = {
-    "LORA": write_lora,
+    "LORA": peft_lora.write_lora,
+    "ADALORA": peft_lora.write_adalora,
     "IA3": write_ia3,
     "PREFIX_TUNING": write_prefix,
     "PROMPT_TUNING": write_prompt,
@@ -205,8 +154,8 @@ def methods(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.
     kind = config.get("peft_type")
     refuse_options(config)
     heads = (Head(),) if config.get("modules_to_save") else ()
-    if kind == "LORA":
-        return (read_lora(config, tensors), *heads)
+    if kind in ("LORA", "ADALORA"):
+        return (peft_lora.read_lora(config, tensors), *heads)
     if kind == "IA3":
         paths = {k[len(PREFIX) :].removesuffix(".ia3_l"): t for k, t in tensors.items() if k.endswith(".ia3_l")}
         inputs = tuple(p for p, t in paths.items() if t.shape[0] == 1)
@@ -229,8 +178,12 @@ def length(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
 
 
 UNREAD = (
-    "use_dora",
     "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "alora_invocation_tokens",
+    "kasa_config",
+    "monteclora_config",
     "lora_bias",
     "prefix_projection",
     "trainable_token_indices",
@@ -252,56 +205,11 @@ def refuse_options(config: Mapping[str, Any]) -> None:
         )
 
 
-def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoRA:
-    ends = ".lora_A.weight"
-    factors = {k[len(PREFIX) :].removesuffix(ends): t for k, t in tensors.items() if k.endswith(ends)}
-    if not factors:
-        raise ValueError(f"{TENSORS} holds no '*{ends}' tensor: it is not a LoRA adapter")
-    ranks = {p: t.shape[0] if t.ndim == 2 else 0 for p, t in factors.items()}
-    check_ranks(config, ranks)
-    alphas = read_alphas(config, ranks)
-    r, alpha = most(ranks.values()), most(alphas.values())
-    own = {p: {"r": ranks[p], "alpha": alphas[p]} for p in ranks if (ranks[p], alphas[p]) != (r, alpha)}
-    return LoRA(r, alpha, config.get("lora_dropout") or 0.0, tuple(ranks), own)
-
-
-def check_ranks(config: Mapping[str, Any], ranks: Mapping[str, int]) -> None:
-    """The ranks that the file says are the ranks that its tensors have."""
-    said = [config.get("r"), *pattern(config, "rank_pattern").values()]
-    for r in said:
-        whole(f"{CONFIG}: r", r)
-        if r > MOST_RANK:
-            raise ValueError(
-                f"{CONFIG}: r={r} is above {MOST_RANK}: merge the adapter with peft, load the merged model"
-            )
-    for path, rank in ranks.items():
-        if rank not in said:
-            raise ValueError(
-                f"{CONFIG} says r={said[0]}, but the tensors of {path} have rank {rank}: they do not match"
-            )
-
-
-def read_alphas(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
-    """layer -> alpha, in the terms of alpha / r."""
-    given = pattern(config, "alpha_pattern")
-    for alpha in (config.get("lora_alpha"), *given.values()):
-        finite(f"{CONFIG}: lora_alpha", alpha, above=0)
-        if alpha > MOST_ALPHA:
-            raise ValueError(f"{CONFIG}: lora_alpha={alpha!r} is above {MOST_ALPHA}, which no training run survives")
-    alphas = {
-        p: float(next((v for k, v in given.items() if p == k or p.endswith("." + k)), config["lora_alpha"]))
-        for p in ranks
-    }
-    if config.get("use_rslora"):  # alpha / sqrt(r) instead of alpha / r
-        return {p: a * ranks[p] ** 0.5 for p, a in alphas.items()}
-    return alphas
-
-
-def pattern(config: Mapping[str, Any], key: str) -> dict[str, Any]:
-    found = config.get(key) or {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{CONFIG}: {key}={found!r} must be an object")
-    return found
+def resize(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Give the deltas of adapter `name`, just attached, the ranks that the file's tensors have."""
+    for path, ds in body(model, name).items():
+        for delta in (d for d in ds if isinstance(d, Triplets)):
+            delta.take_form(peft_lora.in_adalora(model, name, path, delta, tensors))
 
 
 def read(model: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -337,14 +245,6 @@ def strict(ours: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
         )
 
 
-def in_lora(model: nn.Module, name: str, path: str, delta: LowRank, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    siblings = [d for d in body(model, name)[path] if isinstance(d, LowRank)]
-    start = sum(d.r for d in siblings[: siblings.index(delta)])
-    a = tensors[f"{PREFIX}{path}.lora_A.weight"][start : start + delta.r]
-    b = tensors[f"{PREFIX}{path}.lora_B.weight"][:, start : start + delta.r]
-    return {"lora_A": a, "lora_B": take(b, delta.site.columns, 0) * (siblings[0].scale / delta.scale)}
-
-
 def in_ia3(model: nn.Module, name: str, path: str, delta: Delta, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"ia3_l": take(tensors[f"{PREFIX}{path}.ia3_l"].reshape(-1), delta.site.columns, 0)}
 
@@ -368,7 +268,9 @@ def in_head(model: nn.Module, name: str, path: str, delta: Delta, tensors: Mappi
 
 
 READERS: dict[type, Callable[..., dict[str, Tensor]]] = {
-    LowRank: in_lora,
+    LowRank: peft_lora.in_lora,
+    Decomposed: peft_lora.in_lora,
+    Triplets: peft_lora.in_adalora,
     ScaleInput: in_ia3,
     ScaleOutput: in_ia3,
     KeysValues: in_prefix,

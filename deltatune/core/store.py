@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..methods.prompt import Rows
 from . import peft_format
 from .attach import activate, attach, attached, detach, each, focus, known
+from .delta import overwritten
 from .fingerprint import fingerprint
 from .peft_format import CONFIG, TENSORS, strict
 from .registry import build, spec, whole
@@ -161,7 +162,10 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verif
         check_base(model, found["base"], folder, verify)
     wanted = (found or {}).get("base", {}).get("grown_to") or 0
     active = known(model).active if attached(model) else ()
-    with unseeded(model):  # what is drawn here is overwritten: a load must not move the user's random numbers
+    with (
+        unseeded(model),
+        overwritten(),
+    ):  # what is drawn here is overwritten: a load must not move the user's random numbers
         before = grow(model, wanted) if wanted > vocabulary(model) else None
         try:
             attach(model, methods, name)
@@ -178,6 +182,8 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verif
 def fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path, active: tuple[str, ...]) -> None:
     """Copy the folder's tensors into the adapter just attached, or take it out again."""
     try:
+        if (folder / CONFIG).exists():
+            peft_format.resize(model, name, tensors)
         found = canonical(model, name, tensors, folder)
         for _, delta in each(model, name):
             delta.take_form(own(delta, found))

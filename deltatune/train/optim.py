@@ -17,6 +17,8 @@ NO_DECAY = re.compile(r"(^|[._])(bias|norm|ln|layernorm|ia3|scale|gate|magnitude
 # method: (lowest and highest learning rate that has been seen to work, the paper's or our own default)
 LEARNING_RATES: dict[str, tuple[float, float, float]] = {
     "lora": (1e-4, 5e-3, 3e-4),
+    "dora": (1e-4, 5e-3, 3e-4),
+    "adalora": (1e-4, 1e-2, 1e-3),
     "ia3": (1e-3, 3e-2, 3e-3),
     "bitfit": (1e-4, 1e-2, 1e-3),
     "prefix": (1e-3, 1e-1, 1e-2),

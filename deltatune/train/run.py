@@ -296,7 +296,7 @@ def closing(job: Job, folder: Path, opened: Opened, loop: Loop, clock: Clock) ->
 
 def after_training(job: Job, folder: Path, opened: Opened) -> list[verify.Check]:
     checks = [verify.saved_whole(job, folder, opened.start), verify.reloads(job, folder), verify.merges(job)]
-    return [*checks, verify.base_untouched(job, opened.weights)]
+    return [*checks, *verify.budget_moved(job), verify.base_untouched(job, opened.weights)]
 
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.attach import activate, attached, detach, disabled, known, merge, restored
+from ..core.attach import activate, attached, detach, disabled, each, known, merge, restored
 from ..core.delta import SLOT, Refusal
 from ..core.registry import METHODS
 from ..core.site import block_linears
@@ -23,6 +23,7 @@ from ..data.check import Sample, pieces
 from ..data.encode import IGNORE, Encoded
 from ..data.show import safe
 from ..evaluate.generate import end_of_turn, evaluating
+from ..methods.triplets import Triplets
 from ..objectives.common import run
 from .guard import VerificationError, few
 from .job import Job
@@ -242,6 +243,20 @@ def merges(job: Job) -> Check:
     if ours.dim() == 2:  # scores and single classes have no distribution of their own
         ok = ok and gap <= (1e-3 if exact else 1e-1) * max(1.0, float(ours.abs().max()))
     return Check("merge", ok, f"KL {kl:.2e} nats, largest difference {gap:.2e}, {agree:.1%} of the choices agree")
+
+
+def budget_moved(job: Job) -> list[Check]:
+    """AdaLoRA took ranks from some layers and left them to others; nothing to say of other methods."""
+    found = [delta for _, delta in each(job.model, job.adapter) if isinstance(delta, Triplets)]
+    if not found:
+        return []
+    budget, ranks = found[0].budget, [delta.rank for delta in found]
+    seen = (
+        f"{budget.allocations} allocations, from {budget.first} to {sum(ranks)} triplets "
+        f"({budget.least} planned) in {len(ranks)} layers, ranks {min(ranks)} to {max(ranks)}"
+    )
+    moved = budget.allocations > 0 and sum(ranks) < budget.first
+    return [Check("budget", moved or budget.least == budget.first, seen)]
 
 
 def weigh(model: nn.Module) -> dict[str, int]:

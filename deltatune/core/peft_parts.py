@@ -1,0 +1,48 @@
+"""What every peft type has in common: names of files and keys, the layers of an adapter, and how peft matches them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .delta import Delta
+from .site import layers, put
+from .slot import slots
+
+PREFIX = "base_model.model."
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+Parts = dict[str, list[Delta]]  # layer name -> its deltas
+
+
+def body(model: nn.Module, name: str) -> Parts:
+    """layer -> deltas of adapter `name`, task heads left out."""
+    found = {path: [d for d in slot.of(name) if not d.inplace] for path, slot in slots(model).items()}
+    return {path: ds for path, ds in found.items() if ds}
+
+
+def all_of(model: nn.Module, name: str, kind: type) -> list[Any]:
+    return [d for ds in body(model, name).values() for d in ds if isinstance(d, kind)]
+
+
+def widened(delta: Delta, part: Tensor, d_out: int) -> Tensor:
+    """A fused projection's part [d, ...] as rows of the whole projection [d_out, ...], zero elsewhere."""
+    if delta.site.columns is None:
+        return part
+    return put(part.new_zeros(d_out, *part.shape[1:]), delta.site.columns, part, 0)
+
+
+def most(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
+
+
+def short_names(model: nn.Module, paths: list[str]) -> list[str]:
+    """['q_proj', ...] where such endings mean exactly `paths` (what serving engines expect), else the whole names."""
+    ends = sorted({p.rsplit(".", 1)[-1] for p in paths})
+    covered = {
+        n for n, m in layers(model) if n.rsplit(".", 1)[-1] in ends and isinstance(getattr(m, "weight", None), Tensor)
+    }
+    return ends if covered == set(paths) else sorted(paths)

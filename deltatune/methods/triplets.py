@@ -1,0 +1,98 @@
+"""AdaLoRA's change to one layer (arXiv:2303.10512): y = W x + s P diag(lambda) Q x, with P and Q kept orthogonal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.delta import Delta, Dense
+from .budget import NAMES, Budget, observe
+
+
+class Triplets(Delta):
+    """lora_B = P [d_out, r] and lora_A = Q [r, d_in] start small and random, lora_E = lambda [r, 1] zero."""
+
+    kept: Tensor
+    rank = property(lambda self: self.lora_A.shape[0])
+
+    def __init__(self, d_in: int, d_out: int, settings: Any, budget: Budget):
+        super().__init__()
+        r, self.settings, self.budget = settings.init_r, settings, budget
+        self.dropout, self.scale = settings.dropout, settings.alpha / r
+        self.lora_A, self.lora_B = nn.Parameter(torch.empty(r, d_in)), nn.Parameter(torch.empty(d_out, r))
+        self.lora_E = nn.Parameter(torch.zeros(r, 1))
+        self.register_buffer("kept", torch.ones(r, dtype=torch.bool), persistent=False)
+        self.seen: dict[str, Tensor] = {}  # what `observe` smooths
+        nn.init.normal_(self.lora_A, std=0.02)
+        nn.init.normal_(self.lora_B, std=0.02)
+
+    def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low = F.linear(x, (self.lora_A * self.lora_E).to(x.dtype)).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), low, self.lora_B.to(x.dtype).T, alpha=self.scale).view_as(y)
+
+    def merged(self, dense: Dense) -> dict[str, Tensor]:
+        change = self.scale * (self.lora_B @ (self.lora_A * self.lora_E))
+        return {"weight": (dense.weight.float() + change.to(dense.weight.device)).to(dense.weight.dtype)}
+
+    def penalty(self) -> Tensor | None:
+        """This layer's share of gamma times the mean of |P^T P - I| and |Q Q^T - I| over all layers."""
+        if not self.rank or not self.settings.gamma:
+            return None
+        unit = torch.eye(self.rank, device=self.lora_A.device, dtype=self.lora_A.dtype)
+        gaps = [torch.linalg.vector_norm(m @ m.T - unit) for m in (self.lora_A, self.lora_B.T)]
+        return self.settings.gamma / (2 * len(self.budget.members)) * (gaps[0] + gaps[1])
+
+    def begin(self, steps: int) -> None:
+        if self.lora_A.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"AdaLoRA ranks by gradients in fp32, its parameters are {self.lora_A.dtype}")
+        self.seen = {}
+        self.kept.fill_(True)
+        self.budget.begin(steps)
+
+    def after_step(self, step: int) -> None:
+        if step < self.budget.end:
+            own: dict[str, Any] = {name: getattr(self, name) for name in NAMES}
+            observe(self.seen, own, (self.settings.beta1, self.settings.beta2))
+        self.budget.arrive(step)
+
+    @torch.no_grad()
+    def mask(self) -> None:
+        """Zero the pruned lambdas. P and Q stay, so that a triplet may come back at the next allocation."""
+        self.lora_E.masked_fill_(~self.kept[:, None], 0.0)
+
+    def state_extra(self) -> dict[str, Any]:
+        return {**self.seen, "kept": self.kept, "allocations": self.budget.allocations}
+
+    def load_extra(self, state: Mapping[str, Any]) -> None:
+        self.budget.allocations = state["allocations"]
+        self.kept.copy_(state["kept"])
+        self.seen = {k: t.to(self.kept.device) for k, t in state.items() if k not in ("kept", "allocations")}
+
+    def fold(self) -> None:
+        """Drop the triplets that were pruned and are zero."""
+        self.seen = {}
+        if self.budget.allocations:
+            self.cut(self.kept | (self.lora_E != 0).view(-1))
+
+    @torch.no_grad()
+    def cut(self, keep: Tensor) -> None:
+        for name in NAMES:
+            p = getattr(self, name)
+            setattr(self, name, nn.Parameter((p[:, keep] if name == "lora_B" else p[keep]).clone(), p.requires_grad))
+        self.kept = self.kept[keep].clone()
+
+    def stored(self, layer: nn.Module) -> dict[str, Tensor]:
+        return super().stored(layer) if self.rank else {}  # a layer that lost every triplet is not in the file
+
+    def trained(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        return super().trained(layer) if self.rank else {}
+
+    def take_form(self, tensors: Mapping[str, Tensor]) -> None:
+        rank = len(tensors["lora_A"]) if "lora_A" in tensors else 0
+        if rank < self.rank:
+            self.cut(torch.arange(self.rank, device=self.kept.device) < rank)
