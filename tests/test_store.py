@@ -65,9 +65,8 @@ def rewrite(folder: Path, change) -> None:
 def test_the_folder_holds_what_was_trained_and_no_more(saved):
     assert sorted(p.name for p in saved.iterdir()) == [CONFIG, TENSORS, MANIFEST]
     manifest = json.loads((saved / MANIFEST).read_text())
-    assert manifest["methods"] == [
-        {"lora": {"r": 4, "alpha": 16.0, "dropout": 0.0, "targets": ["all"], "patterns": {}}}
-    ]
+    fields = {"r": 4, "alpha": 16.0, "dropout": 0.0, "targets": ["all"], "patterns": {}}
+    assert manifest["methods"] == [{"lora": {**fields, "scaling": "standard", "init": "kaiming", "lr_ratio": 1.0}}]
     assert manifest["base"]["class"] == "LlamaForCausalLM"
     assert len(manifest["tensors"]) == 28
     assert sum(t.numel() for t in load_file(saved / TENSORS).values()) == sum(
@@ -407,9 +406,13 @@ def test_task_heads_go_through_peft(tmp_path, family, capsys):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"use_dora": True}, "use_dora=True is not supported"),
+        ({"use_dora": True}, "missing, such as .*lora_magnitude_vector"),
+        ({"use_bdlora": {"target_modules_bd_a": []}}, "use_bdlora=.* is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "belongs to a base that peft has changed"),
+        ({"alpha_pattern": {"(a+)+": 2}}, r"the pattern '\(a\+\)\+' could take for ever to match"),
+        ({"alpha_pattern": {"[": 2}}, "no regular expression"),
         ({"bias": "all"}, "bias='all' is not supported"),
-        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not read; choose from LORA, IA3, PREFIX_TUNING, PROMPT_TUNING"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not read; choose from LORA, ADALORA, IA3, PREFIX_TUNING, PRO"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ],
 )
