@@ -10,7 +10,7 @@ import transformers as hf
 from torch import nn
 
 from conformance import logits
-from deltatune import IA3, Adapter, BitFit, Freeze, Full, LoRA, NewTokens, Prefix, Prompt, attach
+from deltatune import IA3, AdaLoRA, Adapter, BitFit, DoRA, Freeze, Full, LoRA, NewTokens, Prefix, Prompt, attach
 from deltatune.core.attach import parameters, trainable
 from deltatune.core.delta import Refusal
 from deltatune.core.slot import deltas
@@ -215,11 +215,20 @@ def qwen_3b():
     )  # fmt: skip
 
 
+def gpt2(d: int, n: int):
+    return hf.GPT2Config(n_embd=d, n_layer=n, n_head=d // 64 if d < 12288 else 96)
+
+
 QV = ("q", "v")
 PUBLISHED = {
     "LoRA r8 RoBERTa-base": (hf.AutoModelForSequenceClassification, roberta_base, LoRA(8, targets=QV), 294_912),
     "LoRA r32 Llama-3.2-3B": (hf.AutoModelForCausalLM, llama_3b, LoRA(32, targets=QV), 9_175_040),
     "LoRA r16 Qwen2.5-3B": (hf.AutoModelForCausalLM, qwen_3b, LoRA(16, targets=QV), 3_686_400),
+    "LoRA r4 GPT-2 M": (hf.AutoModelForCausalLM, lambda: gpt2(1024, 24), LoRA(4, targets=QV), 393_216),
+    "LoRA r1 GPT-3": (hf.AutoModelForCausalLM, lambda: gpt2(12288, 96), LoRA(1, targets=QV), 4_718_592),
+    "PiSSA r8 RoBERTa-base": (hf.AutoModel, roberta_base, LoRA(8, targets=QV, init="pissa"), 294_912),
+    "DoRA r32 Llama-3.2-3B": (hf.AutoModelForCausalLM, llama_3b, DoRA(32, targets=QV), 9_289_728),
+    "AdaLoRA r12 RoBERTa-base": (hf.AutoModel, roberta_base, AdaLoRA(targets=QV), 442_656),
     "IA3 Llama-3.2-3B": (hf.AutoModelForCausalLM, llama_3b, IA3(), 286_720),
     "IA3 7 linears": (hf.AutoModelForCausalLM, llama_3b, IA3(("q", "k", "v", "o"), ("up", "down")), 630_784),
     "prefix 50 Llama-3.2-3B": (hf.AutoModelForCausalLM, llama_3b, Prefix(50), 2_867_200),

@@ -82,13 +82,12 @@ def write_adalora(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, 
     init_r = max(len(ds) for ds in parts.values()) * method.init_r
     budget = next(d.budget for ds in parts.values() for d in ds if isinstance(d, Triplets))
     for path, ds in parts.items():
-        live = [d for d in ds if isinstance(d, Triplets) and d.rank]
-        ranks[path] = sum(d.rank for d in live)
-        if live:
-            d_out, where = widths(model.get_submodule(path))[1], f"{PREFIX}{path}."
-            tensors[where + "lora_A"] = torch.cat([d.lora_A for d in live])
-            tensors[where + "lora_B"] = torch.cat([widened(d, d.lora_B, d_out) for d in live], 1)
-            tensors[where + "lora_E"] = torch.cat([d.lora_E for d in live])
+        here = [d for d in ds if isinstance(d, Triplets)]
+        d_out, where = widths(model.get_submodule(path))[1], f"{PREFIX}{path}."
+        ranks[path] = sum(d.rank for d in here)
+        tensors[where + "lora_A"] = torch.cat([d.lora_A for d in here])
+        tensors[where + "lora_B"] = torch.cat([widened(d, d.lora_B, d_out) for d in here], 1)
+        tensors[where + "lora_E"] = torch.cat([d.lora_E for d in here])
     kept = {f"{p}.lora_E": [i < rank for i in range(init_r)] for p, rank in ranks.items()}
     config = common(model, parts) | {
         "init_r": init_r,

@@ -17,7 +17,7 @@ from .starts import INITS, READ, SCALINGS, check_dropout, sized
 
 FORMS: dict[str, dict[str, Any]] = {
     "": {"r": 4},
-    "rslora": {"r": 4, "scaling": "rslora"},
+    "rslora": {"r": 4, "alpha": 8.0, "scaling": "rslora"},  # as strong as the others
     "lora-plus": {"r": 4, "lr_ratio": 16.0, "init": "orthogonal"},
     "pissa": {"r": 4, "init": "pissa"},
     "olora": {"r": 4, "init": "olora"},
