@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from . import attention
 from .delta import SLOT, Delta, Dense, Given, Refusal, overrides
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, strangers
 from .inplace import InPlace, InPlaceBias, refuse_rows
-from .quant import dense, write
+from .quant import dense, opened, steady, write
 from .site import Site, common, parts, stem, twins
 from .slot import Slot, Tap, deltas, slots
 from .state import STATE, State
+from .vocabulary import unseeded
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -130,6 +131,7 @@ def begin(model: nn.Module) -> State:
     """The model's state, made on the first attach: originals noted, the trunk's hooks in."""
     state = getattr(model, STATE, None)
     if state is None:
+        steady(model)
         vocab = getattr(model, "deltatune_vocab", None)
         state = State(fingerprint(model, vocab), {n: p.requires_grad for n, p in model.named_parameters()}, vocab)
         setattr(model, STATE, state)
@@ -439,11 +441,17 @@ def rows_of(model: nn.Module, chosen: Sequence[int], count: int) -> Iterator[nn.
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------
-def merge(model: nn.Module, name: str = "default", inplace: bool = False) -> nn.Module:
-    """A plain model that behaves like base + adapter `name`; a copy by default. Refusal if a delta has no weights."""
+def merge(model: nn.Module, name: str = "default", inplace: bool = False, base: nn.Module | None = None) -> nn.Module:
+    """A plain model that behaves like base + adapter `name`; a copy by default. Refusal if a delta has no weights.
+
+    Over a 4-bit base the changed weights are rounded to 4 bits again (`core.cost.cost` says what that does). `base`:
+    the same model in full precision, a copy of which takes the adapter in its place; ValueError when it is another one.
+    """
     known(model, name)
     for delta in deltas(model, name):
         refuse_merge(model, delta)
+    if base is not None:
+        return merge(moved(model, name, base), name, inplace=True)
     target = model if inplace else copy.deepcopy(model)
     activate(target, name)
     with torch.no_grad():
@@ -453,6 +461,27 @@ def merge(model: nn.Module, name: str = "default", inplace: bool = False) -> nn.
             detach(target, other)
         for (path, key), tensor in values.items():
             target.get_submodule(path).get_parameter(key).data.copy_(tensor)
+    return target
+
+
+def moved(model: nn.Module, name: str, base: nn.Module) -> nn.Module:
+    """A copy of `base` with adapter `name` of `model` on it: the same model, packed otherwise or not at all."""
+    if attached(base):
+        raise ValueError(f"the base to merge onto has adapters attached: {', '.join(attached(base))}")
+    with disabled(model):
+        differ = strangers(model, base)
+    if differ:
+        raise ValueError(
+            f"the base to merge onto is another model: {len(differ)} tensors differ, such as {differ[0]}. "
+            "Give the checkpoint that the 4-bit base was made from, in the same dtype"
+        )
+    target = copy.deepcopy(base)
+    with unseeded(target):
+        attach(target, known(model).methods[name], name)
+    for (layer, ours), (place, theirs) in zip(each(model, name), each(target, name), strict=True):
+        tensors = ours.stored(layer)
+        theirs.take_form(tensors)
+        theirs.put(place, tensors)
     return target
 
 
@@ -483,10 +512,12 @@ def write_merged(target: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
     touched: dict[tuple[str, str], Tensor] = {}
     for path, slot in slots(target).items():
         layer = target.get_submodule(path)
-        # W (l x) + B A (l x): what changes the input comes last, as it also feeds what was added beside W
-        for delta in sorted(slot.of(name), key=lambda d: overrides(d, "before")):
-            changed = delta.names if isinstance(delta, InPlace) else merge_one(layer, delta)
-            touched |= {(path, key): layer.get_parameter(key).detach() for key in changed}
+        keys: set[str] = set()
+        with opened(layer):
+            # W (l x) + B A (l x): what changes the input comes last, as it also feeds what was added beside W
+            for delta in sorted(slot.of(name), key=lambda d: overrides(d, "before")):
+                keys.update(delta.names if isinstance(delta, InPlace) else merge_one(layer, delta))
+        touched |= {(path, key): layer.get_parameter(key).detach() for key in keys}
     return touched
 
 
