@@ -17,6 +17,8 @@ import tiny_run
 from deltatune.cli import main
 from deltatune.core import quant
 from deltatune.train.optim import Optim, Optimizer
+from deltatune.train.use import merged, open_adapted
+from models import tiny
 from packed import needs_packing
 
 
@@ -95,7 +97,7 @@ def test_8_bit_steps_are_near_adamws():
 
 @needs_packing
 def test_pages_need_a_gpu():
-    with pytest.raises(ValueError, match="paged-adamw' moves its states between GPU and main memory.*on cpu.*'adamw'"):
+    with pytest.raises(ValueError, match=r"paged-adamw' moves its states between GPU and.*on cpu.*'adamw'"):
         Optimizer({"p": nn.Parameter(torch.ones(2, 2))}, Optim(optimizer="paged-adamw"))
 
 
@@ -149,7 +151,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings += ["train.optimizer=adamw-8bit", "eval.retention=false", "eval.max_new_tokens=4"]
     sets = [word for text in settings for word in ("--set", text)]
     files = ["--model", place / "model", "--data", place / "rows.jsonl", "--out", place / "run"]
-    call("train", *files, "--method", "qlora", *sets, "--json")
+    (place / "run.json").write_text(call("train", *files, "--method", "qlora", *sets, "--json").stdout)
     return place
 
 
@@ -161,15 +163,12 @@ def test_a_run_over_nf4_is_verified(made: Path):
     manifest = json.loads((made / "run/adapter/deltatune.json").read_text())
     assert manifest["base"]["quant"] == "nf4"
     assert "quant: nf4" in (made / "run/config.yaml").read_text()
-    result = json.loads((made / "run/eval.json").read_text())
-    from models import tiny
-
+    result = json.loads((made / "run.json").read_text())
     model = tiny("llama", vocab_size=manifest_vocab(made), max_position_embeddings=512)
     assert result["parameters"] - result["trainable_parameters"] == sum(p.numel() for p in model.parameters())
-    checks = {check["name"]: check for check in result["checks"]}
-    assert checks["merge"]["ok"] is None
-    assert "merging into nf4 costs KL" in checks["merge"]["detail"]
-    assert all(check["ok"] for name, check in checks.items() if name != "merge")
+    assert result["failed"] == []
+    (unchecked,) = result["unchecked"]
+    assert "merging into nf4 costs KL" in unchecked
 
 
 def manifest_vocab(made: Path) -> int:
@@ -192,9 +191,12 @@ def test_merging_on_the_command_line(made: Path, tmp_path: Path):
         assert found["cost"]["merged_perplexity"] != found["cost"]["perplexity"]
     assert "quantization_config" in json.loads((tmp_path / "4/config.json").read_text())
     assert "quantization_config" not in json.loads((tmp_path / "16/config.json").read_text())
-    measure = ["--data", made / "rows.jsonl", "--set", "eval.max_new_tokens=4", "--json"]
-    losses = [json.loads(call("eval", "--model", tmp_path / n, *measure).stdout)["loss"] for n in ("4", "16")]
-    tuned = json.loads((made / "run/eval.json").read_text())["after"]["loss"]
-    assert losses == pytest.approx([tuned, tuned], rel=0.1)
+    tuned, tokenizer, record = open_adapted(str(made / "model"), made / "run/adapter")
+    ids = torch.tensor([tokenizer("abc def").input_ids])
+    for place, base in (("4", None), ("16", str(made / "model"))):
+        again, *_ = open_adapted(str(tmp_path / place), None)
+        assert quant.scheme(again) == (None if base else "nf4")
+        with torch.no_grad():
+            assert torch.equal(again(input_ids=ids).logits, merged(tuned, record, base)(input_ids=ids).logits)
     said = call("merge", made / "run", "--out", tmp_path / "again", "--data", made / "rows.jsonl")
     assert "what merging cost: KL" in said.output

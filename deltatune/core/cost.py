@@ -33,7 +33,7 @@ class Cost:
 
 @torch.no_grad()
 def cost(adapted: Any, merged: Any, batches: Iterable[Mapping[str, Tensor]]) -> Cost:
-    """Compare two models, both in eval mode, on the same inputs (input_ids [rows, seq]; an attention_mask where padded).
+    """Compare two models, both in eval mode, on the same inputs: input_ids [rows, seq], attention_mask where padded.
 
     ValueError without a position to compare.
     """
@@ -47,7 +47,10 @@ def cost(adapted: Any, merged: Any, batches: Iterable[Mapping[str, Tensor]]) -> 
 
 
 def compare(adapted: Any, merged: Any, batch: Mapping[str, Tensor]) -> tuple[list[float], float]:
-    """In fp64, because differences this small are all rounding in fp32: ([tokens, sum of KL, choices that agree, predicted tokens, nll of each model], largest difference of a logit)."""
+    """([tokens, sum of KL, choices that agree, predicted tokens, nll of each model], largest difference of a logit).
+
+    In fp64: in fp32 a KL this small is nothing but rounding.
+    """
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
     logp, logq = (model(**batch).logits.double() for model in (adapted, merged))
