@@ -67,8 +67,8 @@ def dtype(value: Any) -> Any:
 
 
 def packing(value: Any) -> Any:
-    """YAML reads `off` as False: no packing."""
-    return None if value is False else value
+    """`off` is no packing."""
+    return None if value is False or value == "off" else value
 
 
 Count = Annotated[int, BeforeValidator(number), Field(ge=1)]

@@ -198,15 +198,19 @@ def test_familiar_names_are_read_once_with_a_note(name, value, spot, read):
 
 def test_a_preset_says_what_else_it_means():
     """QLoRA is LoRA and a 4-bit base; what the user says of the base goes first."""
-    tree = {key: value for key, value in SMALL.items() if key != "method"}
-    loaded = load({**tree, "method": "qlora"})
-    assert loaded.config.model.quant == "nf4"
-    assert loaded.config.method == ({"lora": {"r": 64, "alpha": 16, "dropout": 0.1}},)
-    assert "qlora means model.quant: nf4" in loaded.notes
-    assert load(tree, [Override.parse("method=qlora")]).config.model.quant == "nf4"
-    off = load({**tree, "method": "qlora"}, [Override.parse("model.quant=off")])
-    assert off.config.model.quant is None
-    assert load({**tree, "method": "lora"}).config.model.quant is None
+    preset = {"kind": "preset", "model": {"quant": "nf4"}, "method": [{"lora": {"r": 64}}]}
+    with blocks.using({**INDEX, "presets": {"qlora": preset}}):
+        loaded = load({**SMALL, "method": "qlora"})
+        assert loaded.config.model.quant == "nf4"
+        assert loaded.config.method == ({"lora": {"r": 64}},)
+        assert loaded.notes == ("qlora means model.quant: nf4",)
+        assert load(SMALL, [Override.parse("method=qlora")]).config.model.quant == "nf4"
+        again = load({"model": {"name": "m", "quant": "nf4"}, "data": "d", "method": ["qlora"]})
+        assert (again.config.model.quant, again.notes) == ("nf4", ())
+        off = load({**SMALL, "method": "qlora"}, [Override.parse("model.quant=off")])
+        assert off.config.model.quant is None
+        assert load({**SMALL, "method": "lora"}).config.model.quant is None
+        assert load(dump(loaded.config)).config == loaded.config
 
 
 LORA = [("lora_r", 4, "r", 4), ("r", 4, "r", 4), ("lora_rank", 4, "r", 4), ("lora_alpha", 2, "alpha", 2)]
