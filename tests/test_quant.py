@@ -175,6 +175,19 @@ def test_the_fault_is_real_and_is_prevented():
     assert torch.equal(quant.weight(kept), before[1])
 
 
+def test_attaching_is_enough_to_be_safe():
+    """A model that came from elsewhere, never seen by `steady`."""
+    model = nf4("llama")
+    seed_fault(model)
+    attach(model, LoRA(r=2))
+    before = weights(model)
+    with torch.no_grad():
+        logits(model.eval())
+        logits(merge(model).eval(), None)
+    assert not any(getattr(layer, quant.REPACKS) for layer in layers(model))
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+
+
 def test_a_repacked_weight_is_never_read_or_trained_through():
     model = nf4("llama")
     repack(layers(model)[0])
