@@ -197,6 +197,8 @@ def test_merging_on_the_command_line(made: Path, tmp_path: Path):
         again, *_ = open_adapted(str(tmp_path / place), None)
         assert quant.scheme(again) == (None if base else "nf4")
         with torch.no_grad():
-            assert torch.equal(again(input_ids=ids).logits, merged(tuned, record, base)(input_ids=ids).logits)
+            assert torch.equal(
+                again(input_ids=ids).logits, merged(tuned, record, base, "default")(input_ids=ids).logits
+            )
     said = call("merge", made / "run", "--out", tmp_path / "again", "--data", made / "rows.jsonl")
     assert "what merging cost: KL" in said.output

@@ -19,6 +19,7 @@ from deltatune.core.attach import attach, attached, detach, disabled, merge, par
 from deltatune.core.cost import cost
 from deltatune.core.delta import SLOT, Delta, Dense, Refusal
 from deltatune.core.fingerprint import fingerprint
+from deltatune.core.fuse import fuse
 from deltatune.core.site import Site, find
 from deltatune.core.store import load, save, state, virtual_ids
 from deltatune.methods import build
@@ -418,6 +419,13 @@ def test_merging_onto_a_dense_copy_of_the_packed_weights_is_exact(tuned: Any):
             base.get_submodule(name).weight.data.copy_(quant.weight(layer))
     given = [{"input_ids": inputs(tuned)["input_ids"]}]
     assert cost(tuned, merge(tuned, base=base).eval(), given).kl < 1e-9
+
+
+def test_fusing_has_no_exact_way_back_over_nf4(tuned: Any):
+    before = weights(tuned)
+    with pytest.raises(Refusal, match="no exact way back"):
+        fuse(tuned, "default")
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(tuned), strict=True))
 
 
 def test_merging_onto_a_stranger_is_refused(tuned: Any):

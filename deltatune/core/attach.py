@@ -14,13 +14,12 @@ from torch import Tensor, nn
 
 from . import attention
 from .delta import SLOT, Delta, Dense, Given, Refusal, overrides
-from .fingerprint import fingerprint, strangers
+from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
 from .quant import dense, opened, steady, write
 from .site import Site, common, parts, stem, twins
 from .slot import Slot, Tap, deltas, slots
 from .state import STATE, State
-from .vocabulary import unseeded
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -451,6 +450,8 @@ def merge(model: nn.Module, name: str = "default", inplace: bool = False, base: 
     for delta in deltas(model, name):
         refuse_merge(model, delta)
     if base is not None:
+        from .onto import moved
+
         return merge(moved(model, name, base), name, inplace=True)
     target = model if inplace else copy.deepcopy(model)
     activate(target, name)
@@ -461,27 +462,6 @@ def merge(model: nn.Module, name: str = "default", inplace: bool = False, base: 
             detach(target, other)
         for (path, key), tensor in values.items():
             target.get_submodule(path).get_parameter(key).data.copy_(tensor)
-    return target
-
-
-def moved(model: nn.Module, name: str, base: nn.Module) -> nn.Module:
-    """A copy of `base` with adapter `name` of `model` on it: the same model, packed otherwise or not at all."""
-    if attached(base):
-        raise ValueError(f"the base to merge onto has adapters attached: {', '.join(attached(base))}")
-    with disabled(model):
-        differ = strangers(model, base)
-    if differ:
-        raise ValueError(
-            f"the base to merge onto is another model: {len(differ)} tensors differ, such as {differ[0]}. "
-            "Give the checkpoint that the 4-bit base was made from, in the same dtype"
-        )
-    target = copy.deepcopy(base)
-    with unseeded(target):
-        attach(target, known(model).methods[name], name)
-    for (layer, ours), (place, theirs) in zip(each(model, name), each(target, name), strict=True):
-        tensors = ours.stored(layer)
-        theirs.take_form(tensors)
-        theirs.put(place, tensors)
     return target
 
 
