@@ -61,10 +61,24 @@ def word_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) and "," in value else value
 
 
+def optimizer(value: Any) -> Any:
+    """The names that transformers has for its AdamW variants as ours."""
+    if not isinstance(value, str):
+        return value
+    if value in ("adamw_8bit", "adamw_bnb_8bit"):
+        return "adamw-8bit"
+    if value == "paged_adamw_32bit":
+        return "paged-adamw"
+    return "adamw" if value.startswith("adamw") and value != "adamw-8bit" else value
+
+
 TRANSLATED: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("lora_target", "lora_target_modules", "target_modules"), word_list),
+    "load_in_4bit": lambda value: "nf4" if value is True else value or None,
+    "load_in_8bit": lambda value: "int8" if value is True else value or None,
+    "quantization_bit": lambda value: "nf4" if value == 4 else value,
     "bf16": lambda value: {True: "bf16", False: "fp32"}.get(value, value),
-    **dict.fromkeys(("optim", "optimizer"), lambda v: "adamw" if isinstance(v, str) and v.startswith("adamw") else v),
+    **dict.fromkeys(("optim", "optimizer"), optimizer),
     "lr_scheduler_type": lambda value: "cosine" if value == "cosine_with_min_lr" else value,
     # transformers writes "no limit" as -1 or 0 here; an unset key says the same.
     "max_steps": lambda value: None if value in (-1, 0) else value,
@@ -102,12 +116,23 @@ def shape(draft: Draft) -> None:
             data[section] = {key: data[section]}
             draft.lines[section, key] = draft.where((section,))
     if data.get("method") is not None:
+        beside(draft, data["method"], draft.where(("method",)))
         data["method"] = blocks.as_list(data["method"])
     if isinstance(data.get("objective"), str):
         data["objective"] = {data["objective"]: {}}
     if isinstance(data.get("objective"), Mapping):
         data["objective"] = {name: blocks.plain(fields) or {} for name, fields in data["objective"].items()}
     translate(draft)
+
+
+def beside(draft: Draft, method: Any, where: str) -> None:
+    """What a preset says of other sections (QLoRA: model.quant), where nothing else is said there."""
+    for name in (word for word in (method if isinstance(method, list | tuple) else [method]) if isinstance(word, str)):
+        for section, fields in blocks.presets().get(name, {}).items():
+            for key, value in fields.items() if section in draft.fields and section != "method" else ():
+                if lookup(draft, (section, key)) is None:
+                    put(draft, (section, key), value, where)
+                    draft.notes.append(f"{where + ': ' if where else ''}{name} means {section}.{key}: {value}")
 
 
 def translate(draft: Draft) -> None:
@@ -192,6 +217,7 @@ def put(draft: Draft, spot: Spot, value: Any, where: str) -> None:
 def put_method(draft: Draft, spot: Spot, value: Any, where: str) -> None:
     """`method`, `method.lora` or `method.lora.r`, whatever spelling the file has."""
     if len(spot) == 1:
+        beside(draft, value, where)
         draft.data["method"] = blocks.as_list(value)
         forget(draft, spot)
         draft.lines[spot] = where

@@ -66,6 +66,11 @@ def dtype(value: Any) -> Any:
     return {"float32": "fp32", "float": "fp32", "bfloat16": "bf16"}.get(str(value).removeprefix("torch."), value)
 
 
+def packing(value: Any) -> Any:
+    """`off` is no packing."""
+    return None if value is False or value == "off" else value
+
+
 Count = Annotated[int, BeforeValidator(number), Field(ge=1)]
 Whole = Annotated[int, BeforeValidator(number), Field(ge=0)]
 Seed = Annotated[int, BeforeValidator(number), Field(ge=0, lt=2**63)]
@@ -91,8 +96,8 @@ class Model(Section):
     """Commit or tag of a hub id."""
     dtype: Numbers = "auto"
     """Number format of the base weights."""
-    quant: None = None
-    """Not in this version."""
+    quant: Annotated[Literal["nf4"] | None, BeforeValidator(packing)] = None
+    """nf4: 4-bit base weights (needs bitsandbytes); left out: as they are."""
 
 
 class Data(Section):
@@ -155,7 +160,7 @@ class Train(Section):
     """Compile the blocks."""
     checkpoint_gradients: Switch = "auto"
     """Recompute activations in the backward pass to save memory."""
-    optimizer: Literal["adamw", "adafactor", "adafactor-relative"] = "adamw"
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "adafactor", "adafactor-relative"] = "adamw"
     """adafactor-relative finds its own step size and takes neither lr nor schedule."""
     neftune: Amount = 0.0
     """NEFTune noise on the embeddings (arXiv:2310.05914); 0 is off."""
@@ -242,8 +247,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     name: tuple(SECTIONS[name].model_fields) if name in SECTIONS else () for name in Config.model_fields
 }
 LATER: dict[Spot, str] = {
-    ("model", "quant"): "quantised base models are not in this version; leave quant out (there are fp32 and bf16, "
-    "see model.dtype)",
     ("strategy",): "strategies are not in this version; one data set or a list of them (data.train) is trained as it "
     "is; leave strategy out",
 }

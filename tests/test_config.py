@@ -178,6 +178,10 @@ FAMILIAR = [
     ("gradient_checkpointing", True, ("train", "checkpoint_gradients"), "on"),
     ("bf16", True, ("train", "precision"), "bf16"),
     ("optim", "adamw_torch", ("train", "optimizer"), "adamw"),
+    ("optim", "paged_adamw_32bit", ("train", "optimizer"), "paged-adamw"),
+    ("optim", "adamw_bnb_8bit", ("train", "optimizer"), "adamw-8bit"),
+    ("load_in_4bit", True, ("model", "quant"), "nf4"),
+    ("quantization_bit", 4, ("model", "quant"), "nf4"),
     ("sample_packing", False, ("data", "packing"), "off"),
 ]
 
@@ -190,6 +194,23 @@ def test_familiar_names_are_read_once_with_a_note(name, value, spot, read):
     loaded = load(tree)
     assert getattr(getattr(loaded.config, spot[0]), spot[1]) == read
     assert loaded.notes == (() if read is None else (f"{name} is read as {'.'.join(spot)}",))
+
+
+def test_a_preset_says_what_else_it_means():
+    """QLoRA is LoRA and a 4-bit base; what the user says of the base goes first."""
+    preset = {"kind": "preset", "model": {"quant": "nf4"}, "method": [{"lora": {"r": 64}}]}
+    with blocks.using({**INDEX, "presets": {"qlora": preset}}):
+        loaded = load({**SMALL, "method": "qlora"})
+        assert loaded.config.model.quant == "nf4"
+        assert loaded.config.method == ({"lora": {"r": 64}},)
+        assert loaded.notes == ("qlora means model.quant: nf4",)
+        assert load(SMALL, [Override.parse("method=qlora")]).config.model.quant == "nf4"
+        again = load({"model": {"name": "m", "quant": "nf4"}, "data": "d", "method": ["qlora"]})
+        assert (again.config.model.quant, again.notes) == ("nf4", ())
+        off = load({**SMALL, "method": "qlora"}, [Override.parse("model.quant=off")])
+        assert off.config.model.quant is None
+        assert load({**SMALL, "method": "lora"}).config.model.quant is None
+        assert load(dump(loaded.config)).config == loaded.config
 
 
 LORA = [("lora_r", 4, "r", 4), ("r", 4, "r", 4), ("lora_rank", 4, "r", 4), ("lora_alpha", 2, "alpha", 2)]
@@ -237,8 +258,8 @@ WRONG = [
     ("objective: {sft: {}, cloze: {}}", "one objective", ""),
     ("objective: {classify: {kind: many}}", "objective.classify.kind: 'many': auto | single", ""),
     ("strategy: {stages: []}", "strategy: strategies are not in this version", "data.train"),
-    ("model: {name: m, quant: nf4}", "model.quant: quantised base models are not in this version", "fp32 and bf16"),
-    ("load_in_4bit: true", "model.quant: quantised base models are not in this version", ""),
+    ("model: {name: m, quant: nf5}", "model.quant: 'nf5': input should be 'nf4'", "(did you mean 'nf4'?)"),
+    ("load_in_8bit: true", "model.quant: 'int8': input should be 'nf4'", ""),
     ("data: {train: a, format: alpacca}", "data.format: 'alpacca': choose auto, ", "(did you mean 'alpaca'?)"),
     ("data: {train: a, columns: 3}", "data.columns: 3: give {your column: known name}", ""),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,16 +105,23 @@ def merge(
     density: Annotated[float, typer.Option(help="The share of values that ties and dare keep.")] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Seed of what dare drops.")] = 0,
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Write an adapter, not a model.")] = False,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Merge onto this model: a 4-bit base's full-precision original.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Text to measure the merge's cost on (4-bit bases).")] = None,
     model: Model = None,
     json_: Json = False,
 ) -> None:
     """Write the base with one adapter or several merged in, as an ordinary model folder."""
     check_new(out)
     others = [weighted(text) for text in with_ or ()]
-    loaded, tokenizer, _ = opened(model, adapter)
-    from deltatune.core.attach import attached
-    from deltatune.core.attach import merge as merged
+    loaded, tokenizer, record = opened(model, adapter)
+    from deltatune.core.attach import activate, attached
+    from deltatune.core.cost import cost
     from deltatune.core.store import save
+    from deltatune.train.use import cost_text, merged
+
+    text = cost_text(loaded, tokenizer, prompts_of(data) if data else None)
 
     (name,) = attached(loaded)
     facts: dict[str, Any] = {"merged": str(out), "adapter": str(adapter)}
@@ -128,7 +136,12 @@ def merge(
     if adapter_only:
         save(loaded, name, out, base=located(model, adapter)[0])
     else:
-        write_model(merged(loaded, name), tokenizer, out)
+        whole = merged(loaded, record, base, name)
+        if text is not None:
+            activate(loaded, name)
+            paid = cost(loaded, whole, text)
+            facts, lines = facts | {"cost": asdict(paid)}, [*lines, f"what merging cost: {paid}"]
+        write_model(whole, tokenizer, out)
     tell(facts, [*lines, f"{'adapter' if adapter_only else 'merged model'} in {out}"])
 
 

@@ -16,7 +16,7 @@ from . import attention
 from .delta import SLOT, Delta, Dense, Given, Refusal, overrides
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
-from .quant import dense, write
+from .quant import dense, opened, steady, write
 from .site import Site, common, parts, stem, twins
 from .slot import Slot, Tap, deltas, slots
 from .state import STATE, State
@@ -130,6 +130,7 @@ def begin(model: nn.Module) -> State:
     """The model's state, made on the first attach: originals noted, the trunk's hooks in."""
     state = getattr(model, STATE, None)
     if state is None:
+        steady(model)
         vocab = getattr(model, "deltatune_vocab", None)
         state = State(fingerprint(model, vocab), {n: p.requires_grad for n, p in model.named_parameters()}, vocab)
         setattr(model, STATE, state)
@@ -439,11 +440,19 @@ def rows_of(model: nn.Module, chosen: Sequence[int], count: int) -> Iterator[nn.
 
 
 # ---- merging ---------------------------------------------------------------------------------------------------------
-def merge(model: nn.Module, name: str = "default", inplace: bool = False) -> nn.Module:
-    """A plain model that behaves like base + adapter `name`; a copy by default. Refusal if a delta has no weights."""
+def merge(model: nn.Module, name: str = "default", inplace: bool = False, base: nn.Module | None = None) -> nn.Module:
+    """A plain model that behaves like base + adapter `name`; a copy by default. Refusal if a delta has no weights.
+
+    Over a 4-bit base the changed weights are rounded to 4 bits again (`core.cost.cost` says what that does). `base`:
+    the same model in full precision, a copy of which takes the adapter in its place; ValueError when it is another one.
+    """
     known(model, name)
     for delta in deltas(model, name):
         refuse_merge(model, delta)
+    if base is not None:
+        from .onto import moved
+
+        return merge(moved(model, name, base), name, inplace=True)
     target = model if inplace else copy.deepcopy(model)
     activate(target, name)
     with torch.no_grad():
@@ -483,10 +492,12 @@ def write_merged(target: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
     touched: dict[tuple[str, str], Tensor] = {}
     for path, slot in slots(target).items():
         layer = target.get_submodule(path)
-        # W (l x) + B A (l x): what changes the input comes last, as it also feeds what was added beside W
-        for delta in sorted(slot.of(name), key=lambda d: overrides(d, "before")):
-            changed = delta.names if isinstance(delta, InPlace) else merge_one(layer, delta)
-            touched |= {(path, key): layer.get_parameter(key).detach() for key in changed}
+        keys: set[str] = set()
+        with opened(layer):
+            # W (l x) + B A (l x): what changes the input comes last, as it also feeds what was added beside W
+            for delta in sorted(slot.of(name), key=lambda d: overrides(d, "before")):
+                keys.update(delta.names if isinstance(delta, InPlace) else merge_one(layer, delta))
+        touched |= {(path, key): layer.get_parameter(key).detach() for key in keys}
     return touched
 
 

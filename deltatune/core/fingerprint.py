@@ -28,6 +28,8 @@ def fingerprint(model: Any, vocab: int | None = None) -> str:
     The architecture is the whole configuration (rope, norm eps, activation, windows, soft caps, heads, ...) without
     what changes from load to load. bf16 makes one model loaded in fp32 and in bf16 agree. The weights are a sample,
     SAMPLES per tensor: a fine-tune moves them, a change of a few chosen values elsewhere goes unseen.
+    Of a packed base the codes are sampled (not their scales, which a CPU and a GPU round differently): another base's
+    codes are others, and so is the same base's fingerprint in another packing.
     `vocab` caps embedding rows, for models that grew tokens.
     """
     inner = trunk(model)
@@ -47,6 +49,19 @@ def fingerprint(model: Any, vocab: int | None = None) -> str:
         digest.update(f"{name}{tuple(values.shape)}".encode())
         digest.update(sample(values).numpy().tobytes())
     return digest.hexdigest()
+
+
+def strangers(model: Any, base: Any) -> list[str]:
+    """The trunk tensors that `model` and `base` should share and do not, packed weights and deltas left out."""
+    theirs = dict(trunk(base).named_parameters())
+    differ = []
+    for name, ours in trunk(model).named_parameters():
+        if SLOT in name.split(".") or hasattr(ours, "quant_state"):
+            continue
+        other = theirs.get(name)
+        if other is None or other.shape != ours.shape or not torch.equal(sample(ours.detach()), sample(other.detach())):
+            differ.append(name)
+    return differ
 
 
 def stable(config: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .attach import activate, apply, attached, deltas, focus, known, refuse_merge, write_merged
+from .delta import Refusal
+from .quant import scheme
 from .slot import slots
 from .state import STATE, State
 
@@ -51,6 +53,12 @@ def fuse(model: nn.Module, *names: str, base: str | Path | None = None) -> Fused
         raise ValueError("fuse() was given no adapter: name at least one")
     unfuse(model)
     state = known(model, *names)
+    if packed := scheme(model):
+        raise Refusal(
+            "4-bit weights are rounded anew when they are written, scales included: there is no exact way back.",
+            found=f"a base packed as {packed}",
+            instead="activate() the adapter, merge() into a copy, or a base in bf16 or fp32",
+        )
     for delta in (d for name in names for d in deltas(model, name)):
         refuse_merge(model, delta)
     found = Fused(names, state.token(), state.focus)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor, nn
 
 from .delta import Delta, Refusal
+from .quant import is_quantised
 from .site import Site, layers
 
 
@@ -20,6 +21,7 @@ class InPlace(Delta):
 
     def __init__(self, layer: nn.Module, names: tuple[str, ...]):
         super().__init__()
+        refuse_packed(layer, names)
         self.names, self.on = names, False
         # what is not in the layer now: the trained tensors while off, the originals while on
         self.other: dict[str, Tensor] = {n: layer.get_parameter(n).data.clone() for n in names}
@@ -51,6 +53,17 @@ class InPlaceBias(InPlace):
         """Only run per row, with the original bias in the layer."""
         (name,) = self.names
         return y + (self.other[name] - layer.get_parameter(name)).to(y.dtype)
+
+
+def refuse_packed(layer: nn.Module, names: tuple[str, ...]) -> None:
+    """4-bit codes have no gradient, and no small step between them."""
+    if is_quantised(layer) and "weight" in names:
+        raise Refusal(
+            "a packed 4-bit weight cannot be trained in place.",
+            found=f"{type(layer).__name__} with {', '.join(names)}",
+            instead="LoRA or another added method over it, biases or norms (bitfit, the preset norm-tuning), or a base "
+            "in bf16 or fp32",
+        )
 
 
 def refuse_rows(delta: InPlace) -> None:

@@ -22,6 +22,7 @@ from .attach import activate, attach, attached, detach, each, focus, known
 from .delta import overwritten
 from .fingerprint import fingerprint
 from .peft_format import CONFIG, TENSORS, strict
+from .quant import scheme, steady
 from .registry import build, spec, whole
 from .state import STATE, State
 from .vocabulary import grow, unseeded, vocabulary
@@ -91,6 +92,8 @@ def manifest(model: Any, name: str, own: Mapping[str, Tensor], base: str | None)
     """What the adapter is, and the base it belongs to."""
     adapted: State = getattr(model, STATE)
     about: dict[str, Any] = {"fingerprint": adapted.base, "reference": base, "class": type(model).__name__}
+    if packed := scheme(model):
+        about["quant"] = packed
     if adapted.vocab is not None:
         about |= {"vocab": adapted.vocab, "grown_to": model.get_input_embeddings().num_embeddings}
     tensors = {k: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for k, t in own.items()}
@@ -272,7 +275,10 @@ def canonical(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: P
 
 def check_base(model: nn.Module, base: Mapping[str, Any], folder: Path, verify: bool) -> None:
     """ValueError for another base, or where tokens would have to be added under adapters that are attached."""
+    steady(model)
     existing: State | None = getattr(model, STATE, None)
+    if verify and base.get("quant") != scheme(model):
+        raise ValueError(other_packing(base.get("quant"), scheme(model), folder.name))
     actual = existing.base if existing else fingerprint(model, getattr(model, "deltatune_vocab", None))
     if verify and actual != base["fingerprint"]:
         raise ValueError(
@@ -284,6 +290,20 @@ def check_base(model: nn.Module, base: Mapping[str, Any], folder: Path, verify: 
         raise ValueError(
             f"{folder.name} adds tokens (up to {base['grown_to']}): load it before {', '.join(attached(model))}"
         )
+
+
+def other_packing(theirs: str | None, ours: str | None, name: str) -> str:
+    """Why an adapter does not go onto the same base in another packing, and what to do."""
+    return (
+        f"{name} was trained on a base {packed(theirs)}, this one is {packed(ours)}: what it learned includes the "
+        f"rounding of its own base. Load the base {packed(theirs)} (model.quant: {theirs or 'left out'}; in Python "
+        "core.quant.options), merge onto another one with `deltatune merge DIR --base REF`, or pass verify=False "
+        "(in Python) to try it"
+    )
+
+
+def packed(kind: str | None) -> str:
+    return f"packed as {kind}" if kind else "in plain bf16 or fp32"
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------

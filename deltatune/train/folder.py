@@ -21,6 +21,7 @@ from torch import nn
 
 from ..config import Config
 from ..core.attach import known
+from ..core.quant import size
 from ..report import page
 from .job import Job
 from .progress import peak_bytes
@@ -146,7 +147,7 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
         "train_rows": len(job.train),
         "steps": done.steps,
         "trainable_parameters": sum(p.numel() for p in done.trained.values()),
-        "parameters": sum(p.numel() for p in job.model.parameters()),
+        "parameters": sum(size(p) for p in job.model.parameters()),
         "peak_memory_bytes": peak_bytes(),
         "memory": done.memory,
         "seconds": done.seconds,

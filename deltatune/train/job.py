@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..config import Config
 from ..core.attach import activate, attach, attached, each, known, packing, trainable
 from ..core.delta import Given
+from ..core.quant import options, steady
 from ..core.site import head_modules
 from ..core.store import virtual_ids
 from ..data import formats
@@ -232,9 +233,10 @@ def open_model(config: Config, objective: Any) -> tuple[nn.Module, Any]:
     """(model with the head the objective needs, tokenizer) of `model.name`, in evaluation mode."""
     path = model_path(config.model.name, config.model.revision)
     tokenizer = open_tokenizer(path)
-    model = objective.load(path, model_config(path), dtype=dtype(config))
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval(), tokenizer
+    device, number = "cuda" if torch.cuda.is_available() else "cpu", dtype(config)
+    how = options(config.model.quant, number, device) if config.model.quant else {"dtype": number}
+    model = objective.load(path, model_config(path), **how)
+    return steady(model.to(device)).eval(), tokenizer
 
 
 def open_tokenizer(path: Path | str) -> Any:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.quant import library
+
 NO_DECAY = re.compile(r"(^|[._])(bias|norm|ln|layernorm|ia3|scale|gate|magnitude)", re.IGNORECASE)
 
 # method: (lowest and highest learning rate that has been seen to work, the paper's or our own default)
@@ -120,7 +122,27 @@ def _adafactor(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimi
     return Adafactor(groups, lr=lr, scale_parameter=relative, relative_step=relative, warmup_init=False)
 
 
-OPTIMIZERS = {"adamw": _adamw, "adafactor": _adafactor, "adafactor-relative": _adafactor}
+def _bitsandbytes(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
+    """AdamW with 8-bit states (arXiv:2110.02861), or with fp32 states in pages that leave a full GPU (QLoRA)."""
+    made = library().optim
+    device = groups[0]["params"][0].device.type
+    if optim.optimizer == "paged-adamw" and device != "cuda":
+        raise ValueError(
+            f"optimizer='paged-adamw' moves its states between GPU and main memory, and this run is on {device}: "
+            "use optimizer='adamw'"
+        )
+    kind = made.AdamW8bit if optim.optimizer == "adamw-8bit" else made.PagedAdamW32bit
+    return kind(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+
+OPTIMIZERS = {
+    "adamw": _adamw,
+    "adamw-8bit": _bitsandbytes,
+    "paged-adamw": _bitsandbytes,
+    "adafactor": _adafactor,
+    "adafactor-relative": _adafactor,
+}
+TABLES = {"qmap1": "dynamic", "qmap2": "udynamic"}  # what an 8-bit code stands for: the same for every parameter
 
 
 class Optimizer:
@@ -195,6 +217,8 @@ class Optimizer:
         numbers: dict[str, dict[str, Any]] = {}
         for key, p in self.masters.items():
             for slot, value in self.inner.state.get(p, {}).items():
+                if slot in TABLES:
+                    continue
                 if isinstance(value, Tensor):
                     tensors[f"{slot}|{key}"] = value
                 else:
@@ -223,3 +247,16 @@ class Optimizer:
         packed = {number[id(self.masters[key])]: values for key, values in slots.items()}
         # torch's own loader knows which slots live on the device and which do not (the step count of a fused AdamW).
         self.inner.load_state_dict({"state": packed, "param_groups": self.inner.state_dict()["param_groups"]})
+        if self.optim.optimizer in ("adamw-8bit", "paged-adamw"):
+            self._settle()
+
+    def _settle(self) -> None:
+        """What bitsandbytes' states have beside their values: the codes' tables, and pages for the large ones."""
+        inner: Any = self.inner
+        inner.fill_qmap()
+        for p, state in inner.state.items():
+            for slot in ("state1", "state2"):
+                if inner.is_paged:
+                    state[slot] = inner.get_state_buffer(p, state[slot].dtype).copy_(state[slot])
+            if state["state1"].dtype == torch.uint8:
+                state |= {slot: inner.name2qmap[name].to(p.device) for slot, name in TABLES.items()}

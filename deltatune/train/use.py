@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..config import Config, Train, resolve
-from ..core.attach import attached
+from ..core.attach import attached, merge
+from ..core.quant import scheme
 from ..core.store import load as load_adapter
 from ..core.store import read_manifest, virtual_ids
 from ..data.encode import Encoding
+from ..evaluate.retention import default_texts
 from ..evaluate.score import intervals, score
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import model_path
 from .job import Job, measured, model_config, open_model, read
+
+WINDOW, WINDOWS = 128, 16  # tokens of a piece of text that a merge is measured on, and how many pieces
 
 
 def record_of(job: Job) -> dict[str, Any]:
@@ -42,11 +47,41 @@ def open_adapted(
     if "classify" in record["objective"] and not (record["objective"]["classify"] or {}).get("labels"):
         record["objective"] = {"classify": own_labels(ref, record["objective"]["classify"] or {})}
     goal = build_objective(record["objective"])
-    config = resolve(Config(model=ref, data="none")).config
+    quant = ((manifest or {}).get("base") or {}).get("quant")
+    config = resolve(Config(model={"name": ref, "quant": quant}, data="none")).config
     model, tokenizer = open_model(config, goal)
     if folder is not None:
         load_adapter(model, folder, "default")
     return model.eval(), tokenizer, record
+
+
+def merged(model: nn.Module, record: Mapping[str, Any], base: str | None, name: str) -> nn.Module:
+    """Adapter `name` of `model` merged into a copy of its base, or onto the model that `base` refers to."""
+    if base is None:
+        return merge(model, name).eval()
+    number = {torch.float32: "fp32", torch.bfloat16: "bf16"}[next(model.parameters()).dtype]
+    config = resolve(Config(model={"name": base, "dtype": number}, data="none")).config
+    return merge(model, name, base=open_model(config, build_objective(record["objective"]))[0]).eval()
+
+
+def cost_text(model: nn.Module, tokenizer: Any, examples: Sequence[Any] | None) -> list[dict[str, Tensor]] | None:
+    """What a merge over a packed base is measured on: pieces of the examples' text, or of general text.
+
+    None over a plain base, where merging changes nothing but rounding.
+    """
+    if scheme(model) is None:
+        return None
+    texts = default_texts() if examples is None else [spoken(example) for example in examples]
+    ids = tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt").input_ids[0]
+    device = next(model.parameters()).device
+    return [{"input_ids": piece[None].to(device)} for piece in ids.split(WINDOW)[:WINDOWS] if len(piece) > 1]
+
+
+def spoken(example: Any) -> str:
+    """All the words of a row."""
+    parts = [turn.content for turn in example.turns]
+    parts += [example.prompt, example.completion, example.text, example.text_pair]
+    return "\n".join(part for part in parts if part)
 
 
 def recorded_fields(asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..core.attach import activate, attached, detach, disabled, each, known, merge, restored
 from ..core.delta import SLOT, Refusal
+from ..core.quant import scheme, size
 from ..core.registry import METHODS
 from ..core.site import block_linears
 from ..core.slot import slots
@@ -113,7 +114,7 @@ def covered(job: Job) -> Check:
     linear = block_linears(job.model)
     share = len(set(touched) & set(linear)) / max(len(linear), 1)
     tuned = sum(p.numel() for p in job.trainable().values())
-    total = sum(p.numel() for p in job.model.parameters())
+    total = sum(size(p) for p in job.model.parameters())
     return Check(
         "coverage",
         bool(touched) and tuned > 0,
@@ -226,9 +227,9 @@ def moved(job: Job, batch: Batch, name: str) -> Batch:
 @torch.no_grad()
 def merges(job: Job) -> Check:
     """The merged model says what the adapted one says; KL(adapted || merged) is printed."""
-    size = sum(p.numel() * p.element_size() for p in job.model.parameters())
-    if size > free() // 2:
-        return Check("merge", None, f"not checked: a copy of the model needs {size / 2**30:.1f} GiB")
+    held = sum(p.numel() * p.element_size() for p in job.model.parameters())
+    if held > free() // 2:
+        return Check("merge", None, f"not checked: a copy of the model needs {held / 2**30:.1f} GiB")
     batch = probe(job)
     try:
         with evaluating(job.model):
@@ -237,6 +238,9 @@ def merges(job: Job) -> Check:
     except Refusal as refusal:
         return Check("merge", None, refusal.why)
     kl = float(F.kl_div(plain.log_softmax(-1), ours.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean())
+    packed = scheme(job.model)
+    if packed:
+        return Check("merge", None, f"merging into {packed} costs KL {kl:.2e} nats: see `deltatune merge --base`")
     gap, agree = float((plain - ours).abs().max()), float((plain.argmax(-1) == ours.argmax(-1)).float().mean())
     exact = next(job.model.parameters()).dtype != torch.bfloat16
     ok = kl <= (1e-3 if exact else 5e-2)
