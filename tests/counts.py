@@ -5,6 +5,7 @@ A cell has `parts` (its methods and their fields), `family` and `original` (the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -40,9 +41,22 @@ def count_lora(cell: Any, fields: dict[str, Any]) -> int:
 
 def count_adapter(cell: Any, fields: dict[str, Any]) -> int:
     attention, ffn, _, _ = shape(cell)
-    places = {"attention": attention, "ffn": ffn}
-    m = fields["bottleneck"]
-    return sum(places[w] * (2 * 32 * m + m + 32) for w in fields.get("where", places))
+    stacks = 2 if FAMILIES[cell.family].kind == "seq2seq" else 1
+    places = {"attention": attention, "ffn": ffn, "block": ffn}
+    n = fields.get("skip", 0)  # a decoder's block attends twice
+    skipped = {"attention": (2 * stacks - 1) * n, "ffn": stacks * n, "block": stacks * n}
+    m = fields["bottleneck"] if "bottleneck" in fields else 32 // fields["reduction"]
+    each = 2 * 32 * m + m + 32 + (fields.get("scale") == "learned")
+    chosen = fields.get("where", ("attention", "ffn"))
+    norms = sum(p.numel() for n, p in cell.original.named_parameters() if is_norm(n, cell))
+    return sum((places[w] - skipped[w]) * each for w in chosen) + norms * fields.get("norms", False)
+
+
+def is_norm(name: str, cell: Any) -> bool:
+    """A norm's parameter outside the head, by name: ln_1, LayerNorm, q_norm, final_layer_norm, sa_layer_norm ..."""
+    return re.search(r"norm[^.]*\.(weight|bias)$|\.ln_\w+\.(weight|bias)$", name, re.IGNORECASE) is not None and not (
+        in_head(name, cell)
+    )
 
 
 def count_named(chosen: Callable[[str, Any], bool]) -> Callable[[Any, dict], int]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..core.attach import activate, attached, detach, disabled, known, merge, restored
 from ..core.delta import SLOT, Refusal
-from ..core.registry import METHODS
+from ..core.registry import identity
 from ..core.site import block_linears
 from ..core.slot import slots
 from ..core.store import canonical, load, read_manifest, read_tensors, state, virtual_ids
@@ -124,8 +124,9 @@ def covered(job: Job) -> Check:
 @torch.no_grad()
 def starts_as_base(job: Job) -> Check:
     """The adapted model equals the base at the start, where the method promises it."""
-    names = [m.method_name for m in known(job.model, job.adapter).methods[job.adapter]]
-    if not all(METHODS[n].identity for n in names):
+    methods = known(job.model, job.adapter).methods[job.adapter]
+    if not all(map(identity, methods)):
+        names = [m.method_name for m in methods]
         return Check("identity", None, f"{' + '.join(names)} does not start as the base, by design")
     batch = probe(job)
     with evaluating(job.model):
