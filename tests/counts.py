@@ -5,6 +5,7 @@ A cell has `parts` (its methods and their fields), `family` and `original` (the 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -29,14 +30,14 @@ def shape(cell: Any) -> tuple[int, int, int, dict[str, tuple[tuple[int, int], ..
     return attention, ffn, kv, shapes
 
 
-def count_lora(cell: Any, fields: dict[str, Any]) -> int:
+def count_lora(cell: Any, fields: dict[str, Any], dense: bool = False) -> int:
     attention, ffn, _, shapes = shape(cell)
     if FAMILIES[cell.family].fused and "targets" not in fields:  # "all" takes a fused projection as one layer
         shapes = {"o": shapes["o"], "up": shapes["up"], "down": shapes["down"]}
         shapes["qkv"] = ((32, 32 + 2 * shape(cell)[2]),)
     roles = fields.get("targets", shapes)
     layers = {role: ffn if role in ("up", "down") else attention for role in shapes}
-    return sum(layers[role] * fields["r"] * (i + o) for role in roles for i, o in shapes[role])
+    return sum(layers[role] * (i * o if dense else fields["r"] * (i + o)) for role in roles for i, o in shapes[role])
 
 
 def count_adapter(cell: Any, fields: dict[str, Any]) -> int:
@@ -50,6 +51,14 @@ def count_adapter(cell: Any, fields: dict[str, Any]) -> int:
     chosen = fields.get("where", ("attention", "ffn"))
     norms = sum(p.numel() for n, p in cell.original.named_parameters() if is_norm(n, cell))
     return sum((places[w] - skipped[w]) * each for w in chosen) + norms * fields.get("norms", False)
+
+
+def count_sparse(cell: Any, fields: dict[str, Any]) -> int:
+    """The share that is kept of the inner method's matrices, and its vectors whole."""
+    ((name, inner),) = fields["of"][0].items()
+    attention, ffn, _, _ = shape(cell)
+    vectors = (attention + ffn) * (inner["bottleneck"] + 32) if name == "adapter" else 0
+    return math.ceil(fields["density"] * (COUNTS[name](cell, inner) - vectors)) + vectors
 
 
 def is_norm(name: str, cell: Any) -> bool:
@@ -86,6 +95,8 @@ COUNTS: dict[str, Callable[[Any, dict], int]] = {
     "lora": count_lora,
     "ia3": lambda c, _: shape(c)[0] * 2 * shape(c)[2] + shape(c)[1] * 48,
     "adapter": count_adapter,
+    "sparse": count_sparse,
+    "select": lambda c, f: math.ceil(f["density"] * count_lora(c, {"targets": ("q", "down"), "r": 1}, dense=True)),
     "prefix": lambda c, f: shape(c)[0] * 2 * shape(c)[2] * f["length"],
     "prompt": lambda c, f: 32 * f["length"],
     "tokens": lambda c, f: 32 * len(f["ids"]) * (1 if c.original.config.tie_word_embeddings else 2),

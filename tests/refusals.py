@@ -12,7 +12,7 @@ REFUSED: dict[tuple[str, str], str] = {
 # variant -> why merge() refuses it
 UNMERGEABLE = {
     "adapter": "a non-linearity has no equivalent weight",
-    **dict.fromkeys(("parallel", "houlsby", "pfeiffer"), "a non-linearity has no equivalent weight"),
+    **dict.fromkeys(("parallel", "houlsby", "pfeiffer", "sparse"), "a non-linearity has no equivalent weight"),
     "prefix": "keys and values have no equivalent weight",
     "prefix+head": "keys and values have no equivalent weight",
     "prompt": "virtual ids have no row in the embedding",

@@ -184,7 +184,9 @@ def saved_whole(job: Job, folder: Path, start: Mapping[str, Tensor]) -> Check:
         "are missing on disk": now.keys() - disk.keys(),
         "differ on disk": [k for k in now.keys() & disk.keys() if not torch.equal(now[k].cpu(), disk[k].cpu())],
         "never moved": still if len(still) == len(now) else [],
-        "were zero at the start and still are": [k for k in still if not now[k].any() and not job.idle(k)],
+        "were zero at the start and still are": [
+            k for k in still if now[k].is_floating_point() and not now[k].any() and not job.idle(k)
+        ],
     }
     found = [f"{len(keys)} of {len(now)} tensors {what}: {few(keys)}" for what, keys in faults.items() if keys]
     if found:
