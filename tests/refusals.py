@@ -21,7 +21,8 @@ UNMERGEABLE = {
 
 # variant -> why rows() refuses it
 ROWLESS = dict.fromkeys(
-    ("freeze", "full", "head", "lora+head", "prefix+head", "houlsby"), "a weight per row would be a copy of the weights per row"
+    ("freeze", "full", "head", "lora+head", "prefix+head", "houlsby"),
+    "a weight per row would be a copy of the weights per row",
 )
 
 # (variant, family) -> why there is no peft form, for variants whose method peft has

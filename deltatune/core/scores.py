@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -64,22 +65,21 @@ def put(params: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
 
 def synflow(seen: Seen) -> list[Tensor]:
     """|w dR/dw|, R = 1^T |W_n| ... |W_1| 1 (Tanaka et al. 2020, arXiv:2006.05467), within each delta."""
-    weights = [p.detach().double().abs().requires_grad_() for p in seen.params]
-    flows = []
+    found: dict[int, Tensor] = {}
     for owner in dict.fromkeys(seen.owners):
-        chain = [w for w, o in zip(weights, seen.owners, strict=True) if o is owner]
-        if any(w.ndim != 2 for w in chain) or any(b.shape[1] != a.shape[0] for a, b in zip(chain, chain[1:], strict=False)):
+        chain = [p for p, o in zip(seen.params, seen.owners, strict=True) if o is owner]
+        if any(w.ndim != 2 for w in chain) or any(b.shape[1] != a.shape[0] for a, b in pairwise(chain)):
             raise Refusal(
                 "SynFlow follows ones through a chain of matrices.",
                 found=f"{type(owner).__name__} with {', '.join(str(list(w.shape)) for w in chain)}",
                 instead="Adapter or LoRA; or by: random, magnitude, snip, grasp",
             )
-        flow = weights[0].new_ones(chain[0].shape[1])
-        for w in chain:
-            flow = w @ flow
-        flows.append(flow.sum())
-    torch.stack(flows).sum().backward()
-    return [w.detach() * g for w in weights if (g := w.grad) is not None]
+        sizes = [w.detach().double().abs() for w in chain]
+        reaching = list(accumulate(sizes, lambda v, w: w @ v, initial=sizes[0].new_ones(sizes[0].shape[1])))
+        leaving = list(accumulate(reversed(sizes), lambda v, w: v @ w, initial=sizes[0].new_ones(len(sizes[-1]))))
+        for p, w, into, out in zip(chain, sizes, reaching, leaving[-2::-1], strict=False):
+            found[id(p)] = out[:, None] * w * into
+    return [found[id(p)] for p in seen.params]
 
 
 SCORES: dict[str, Callable[[Seen], list[Tensor]]] = {

@@ -257,7 +257,9 @@ def lowest(model: nn.Module, count: int) -> set[str]:
         stacks.setdefault(block.rpartition(".")[0], []).append(block)
     for stack, found in stacks.items():
         if count >= len(found):
-            raise ValueError(f"{count} blocks left out, {stack} of {type(model).__name__} has {len(found)}: none is left")
+            raise ValueError(
+                f"{count} blocks left out, {stack} of {type(model).__name__} has {len(found)}: none is left"
+            )
     return {block for found in stacks.values() for block in found[:count]}
 
 

@@ -61,6 +61,12 @@ def thin_as(module: Any, tensors: Mapping[str, Tensor]) -> None:
         module.ready = True
 
 
+@torch.no_grad()
+def only(p: Tensor, index: Tensor) -> None:
+    """Set every value of `p` outside the flat positions `index` to 0."""
+    p.mul_(torch.zeros_like(p).flatten().index_fill(0, index, 1.0).view_as(p))
+
+
 def matrices(module: nn.Module) -> list[str]:
     """The parameters worth thinning: vectors are few, and a bias of zero has no score."""
     return [name for name, p in module.named_parameters() if p.ndim > 1]
@@ -72,7 +78,9 @@ def keep(scores: Sequence[Tensor], density: float, who: str) -> list[Tensor]:
     sizes = [s.numel() for s in scores]
     count = math.ceil(density * sum(sizes))
     if count < len(scores):
-        raise ValueError(f"{who} density {density!r} keeps {count} values of {len(scores)} tensors: fewer than one each")
+        raise ValueError(
+            f"{who} density {density!r} keeps {count} values of {len(scores)} tensors: fewer than one each"
+        )
     if silent := sum(not bool(s.any()) for s in scores):
         raise ValueError(
             f"{who}: every score is 0 in {silent} of {len(scores)} tensors, so nothing can be chosen: they start at "

@@ -35,11 +35,11 @@ class Adapter:
     """
 
     bottleneck: int | None = None
-    reduction: int | None = None
     where: tuple[str, ...] = ("attention", "ffn")
     form: str = "sequential"
     act: str = "gelu"
     scale: float | str = 1.0
+    reduction: int | None = None
     init: str = "zero"
     init_std: float = 1e-2
     norms: bool = False

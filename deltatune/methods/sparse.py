@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.delta import Delta, Given, Refusal
 from ..core.registry import finite, method, nearest, whole
 from ..core.registry import identity as same
 from ..core.scores import SCORES, Seen
 from ..core.site import Site
-from ..core.sparse import keep, matrices, thin
+from ..core.sparse import keep, matrices, only, thin
 from .adapter import Adapter
 
 Parts = list[tuple[Delta, str]]
@@ -48,8 +49,8 @@ class Sparse:
         finite("Sparse density", self.density, above=0)
         if self.density > 1:
             raise ValueError(f"Sparse density is the share that is kept, 0 < density <= 1, got {self.density!r}")
-        for what in ("rounds", "batches"):
-            whole(f"Sparse {what}", getattr(self, what))
+        whole("Sparse rounds", self.rounds)
+        whole("Sparse batches", self.batches)
         if self.by not in BY:
             raise ValueError(f"Sparse by {self.by!r}: choose from {', '.join(BY)}.{nearest(str(self.by), BY)}")
         if not self.of:
@@ -60,8 +61,7 @@ class Sparse:
         return all(same(m) for m in self.of)
 
     def bind(self, tokenizer: Any) -> Sparse:
-        bound = (m.bind(tokenizer) if hasattr(m, "bind") else m for m in self.of)
-        return dataclasses.replace(self, of=tuple(bound))
+        return dataclasses.replace(self, of=tuple(m.bind(tokenizer) if hasattr(m, "bind") else m for m in self.of))
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         found = [pair for m in self.of for pair in m.deltas(model)]
@@ -85,9 +85,12 @@ class Sparse:
         params = [delta.get_parameter(path) for delta, path in parts]
         seen = Seen(params, [delta for delta, _ in parts], given.losses if given else lambda: iter(()), self.batches)
         for n in range(1, self.rounds + 1):
-            kept = keep(SCORES[self.by](seen), self.density ** (n / self.rounds), f"Sparse by {self.by}")
+            # what went in an earlier round stays gone, whatever its new score
+            gone = [p == 0 if n > 1 else torch.zeros_like(p, dtype=torch.bool) for p in params]
+            found = [v.masked_fill(g, -inf) for v, g in zip(SCORES[self.by](seen), gone, strict=True)]
+            kept = keep(found, self.density ** (n / self.rounds), f"Sparse by {self.by}")
             for p, index in zip(params, kept, strict=True):
-                p.data.mul_(torch.zeros_like(p).flatten().index_fill(0, index, 1.0).view_as(p))
+                only(p, index)
         for (delta, path), index in zip(parts, kept, strict=True):
             thin(delta, path, index)
             delta.ready = True
