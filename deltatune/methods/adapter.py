@@ -46,9 +46,9 @@ class Adapter:
     skip: int = 0
 
     def __post_init__(self) -> None:
-        for what, value in (("bottleneck", self.bottleneck), ("reduction", self.reduction)):
-            if value is not None:
-                whole(f"Adapter {what}", value)
+        for what, size in (("bottleneck", self.bottleneck), ("reduction", self.reduction)):
+            if size is not None:
+                whole(f"Adapter {what}", size)
         if self.bottleneck is not None and self.reduction is not None:
             raise ValueError(f"Adapter bottleneck {self.bottleneck!r} and reduction {self.reduction!r}: give one")
         if self.scale != "learned":

@@ -70,7 +70,7 @@ def form(step: nn.Module, store: Store) -> None:
     waiting = {name: m for name, m in step.named_modules() if getattr(m, "ready", True) is False}
     found = store.latest()[0] if waiting else None
     for name, delta in waiting.items() if found else ():
-        delta.take_form(_own(name, found.extra))  # type: ignore[union-attr, operator]
+        delta.take_form(_own(name, found.extra))  # type: ignore[union-attr]
 
 
 def _own(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
