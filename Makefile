@@ -7,7 +7,7 @@ TORCH = torch==2.13.0
 TORCH_INDEX = https://download.pytorch.org/whl/cpu
 PY = .venv/bin/python
 
-.PHONY: all venv demo test lint types test-long clean
+.PHONY: all venv demo test lint types test-long oracle-adapters clean
 
 all: venv
 
@@ -31,8 +31,21 @@ test: lint types
 test-long: .venv/.dev
 	$(PY) -m pytest -q -m long
 
+# Our adapters against the `adapters` library, which wants an older transformers: an environment of its own.
+oracle-adapters: .venv/.dev .venv-adapters/.ready
+	.venv-adapters/bin/python tests/oracles/adapters_make.py build/oracle-adapters
+	PYTHONPATH=. $(PY) tests/oracles/adapters_compare.py build/oracle-adapters
+
+.venv-adapters/.ready: .venv/.python
+	$(PYTHON) -m venv .venv-adapters
+	@if [ "`uname -s`" != Darwin ] && $(PYTHON) tools/python.py --reachable $(TORCH_INDEX)/torch/; then \
+		.venv-adapters/bin/python -m pip install --index-url $(TORCH_INDEX) "$(TORCH)"; \
+	fi
+	.venv-adapters/bin/python -m pip install "$(TORCH)" adapters==1.3.0
+	@touch $@
+
 clean:
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-adapters build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 .venv/.python: tools/python.py
 	@$(PYTHON) tools/python.py

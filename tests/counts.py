@@ -5,6 +5,8 @@ A cell has `parts` (its methods and their fields), `family` and `original` (the 
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,14 +30,14 @@ def shape(cell: Any) -> tuple[int, int, int, dict[str, tuple[tuple[int, int], ..
     return attention, ffn, kv, shapes
 
 
-def count_lora(cell: Any, fields: dict[str, Any]) -> int:
+def count_lora(cell: Any, fields: dict[str, Any], dense: bool = False) -> int:
     attention, ffn, _, shapes = shape(cell)
     if FAMILIES[cell.family].fused and "targets" not in fields:  # "all" takes a fused projection as one layer
         shapes = {"o": shapes["o"], "up": shapes["up"], "down": shapes["down"]}
         shapes["qkv"] = ((32, 32 + 2 * shape(cell)[2]),)
     roles = fields.get("targets", shapes)
     layers = {role: ffn if role in ("up", "down") else attention for role in shapes}
-    return sum(layers[role] * fields["r"] * (i + o) for role in roles for i, o in shapes[role])
+    return sum(layers[role] * (i * o if dense else fields["r"] * (i + o)) for role in roles for i, o in shapes[role])
 
 
 def linear_layers(cell: Any) -> list[tuple[int, int]]:
@@ -62,9 +64,30 @@ def stored(cell: Any) -> int:
 
 def count_adapter(cell: Any, fields: dict[str, Any]) -> int:
     attention, ffn, _, _ = shape(cell)
-    places = {"attention": attention, "ffn": ffn}
-    m = fields["bottleneck"]
-    return sum(places[w] * (2 * 32 * m + m + 32) for w in fields.get("where", places))
+    stacks = 2 if FAMILIES[cell.family].kind == "seq2seq" else 1
+    places = {"attention": attention, "ffn": ffn, "block": ffn}
+    n = fields.get("skip", 0)  # a decoder's block attends twice
+    skipped = {"attention": (2 * stacks - 1) * n, "ffn": stacks * n, "block": stacks * n}
+    m = fields["bottleneck"] if "bottleneck" in fields else 32 // fields["reduction"]
+    each = 2 * 32 * m + m + 32 + (fields.get("scale") == "learned")
+    chosen = fields.get("where", ("attention", "ffn"))
+    norms = sum(p.numel() for n, p in cell.original.named_parameters() if is_norm(n, cell))
+    return sum((places[w] - skipped[w]) * each for w in chosen) + norms * fields.get("norms", False)
+
+
+def count_sparse(cell: Any, fields: dict[str, Any]) -> int:
+    """The share that is kept of the inner method's matrices, and its vectors whole."""
+    ((name, inner),) = fields["of"][0].items()
+    attention, ffn, _, _ = shape(cell)
+    vectors = (attention + ffn) * (inner["bottleneck"] + 32) if name == "adapter" else 0
+    return math.ceil(fields["density"] * (COUNTS[name](cell, inner) - vectors)) + vectors
+
+
+def is_norm(name: str, cell: Any) -> bool:
+    """A norm's parameter outside the head, by name: ln_1, LayerNorm, q_norm, final_layer_norm, sa_layer_norm ..."""
+    return re.search(r"norm[^.]*\.(weight|bias)$|\.ln_\w+\.(weight|bias)$", name, re.IGNORECASE) is not None and not (
+        in_head(name, cell)
+    )
 
 
 def count_named(chosen: Callable[[str, Any], bool]) -> Callable[[Any, dict], int]:
@@ -96,6 +119,8 @@ COUNTS: dict[str, Callable[[Any, dict], int]] = {
     "adalora": lambda c, f: count_lora(c, {"r": f["init_r"]}) + f["init_r"] * count_layers(c),
     "ia3": lambda c, _: shape(c)[0] * 2 * shape(c)[2] + shape(c)[1] * 48,
     "adapter": count_adapter,
+    "sparse": count_sparse,
+    "select": lambda c, f: math.ceil(f["density"] * count_lora(c, {"targets": ("q", "down"), "r": 1}, dense=True)),
     "prefix": lambda c, f: shape(c)[0] * 2 * shape(c)[2] * f["length"],
     "prompt": lambda c, f: 32 * f["length"],
     "tokens": lambda c, f: 32 * len(f["ids"]) * (1 if c.original.config.tie_word_embeddings else 2),

@@ -12,7 +12,7 @@ REFUSED: dict[tuple[str, str], str] = {
 # variant -> why merge() refuses it
 UNMERGEABLE = {
     "adapter": "a non-linearity has no equivalent weight",
-    "parallel": "a non-linearity has no equivalent weight",
+    **dict.fromkeys(("parallel", "houlsby", "pfeiffer", "sparse"), "a non-linearity has no equivalent weight"),
     "prefix": "keys and values have no equivalent weight",
     "prefix+head": "keys and values have no equivalent weight",
     "prompt": "virtual ids have no row in the embedding",
@@ -21,7 +21,8 @@ UNMERGEABLE = {
 
 # variant -> why rows() refuses it
 ROWLESS = dict.fromkeys(
-    ("freeze", "full", "head", "lora+head", "prefix+head"), "a weight per row would be a copy of the weights per row"
+    ("freeze", "full", "head", "lora+head", "prefix+head", "houlsby"),
+    "a weight per row would be a copy of the weights per row",
 )
 
 # (variant, family) -> why there is no peft form, for variants whose method peft has

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .sparse import thin_as
+
 if TYPE_CHECKING:
     from .site import Site
 
@@ -55,10 +57,11 @@ class Dense:
 @dataclass(frozen=True)
 class Given:
     """What a method may look at before step 1: `losses()` gives the loss of one batch of training rows after another,
-    each a scalar with its graph; `seed` for what is drawn."""
+    each a scalar with its graph; `by_row()` that of one row after another; `seed` for what is drawn."""
 
     losses: Callable[[], Iterator[Tensor]]
     seed: int = 0
+    by_row: Callable[[], Iterator[Tensor]] | None = None
 
 
 class Delta(nn.Module):
@@ -136,6 +139,7 @@ class Delta(nn.Module):
 
     def take_form(self, tensors: Mapping[str, Tensor]) -> None:
         """Become what was stored: folded, pruned, resized. Called by load before the tensors are put in."""
+        thin_as(self, tensors)
 
     def put(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Put what `stored` gave back."""

@@ -123,6 +123,11 @@ def plain(value: Any) -> Any:
     return [plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
+def identity(method: Any) -> bool:
+    """Whether the model with this method, in this form, equals the base before training."""
+    return bool(getattr(method, "identity", METHODS[method.method_name].identity))
+
+
 def index() -> dict[str, Any]:
     """What `deltatune methods --json` and the CLI's help know without importing torch."""
     return {

@@ -245,6 +245,43 @@ def spans(model: nn.Module, read: str, write: str) -> list[Site]:
     return found
 
 
+def blocks(model: nn.Module) -> list[str]:
+    """The transformer blocks, in the model's order; those of an encoder before those of its decoder."""
+    return list(dict.fromkeys(b for name, _ in layers(model) if (b := block_of(name + "."))))
+
+
+def lowest(model: nn.Module, count: int) -> set[str]:
+    """The first `count` blocks of each stack. ValueError when a stack has no more than that."""
+    stacks: dict[str, list[str]] = {}
+    for block in blocks(model):
+        stacks.setdefault(block.rpartition(".")[0], []).append(block)
+    for stack, found in stacks.items():
+        if count >= len(found):
+            raise ValueError(
+                f"{count} blocks left out, {stack} of {type(model).__name__} has {len(found)}: none is left"
+            )
+    return {block for found in stacks.values() for block in found[:count]}
+
+
+# the norm that a block of a post-norm family ends with; `final_layer_norm` is a pre-norm in the others
+LAST_NORM = re.compile(r"output\.LayerNorm|output_layer_norm")
+POST_NORM = ("bart", "marian", "plbart", "blenderbot-small")
+
+
+def block_ends(model: nn.Module) -> list[Site]:
+    """Per block, what computes its output: the final norm (post-norm families), else the module that ends with the
+    residual sum (the block itself; T5's block returns a tuple, so there its last sub-layer)."""
+    config: Any = model.config
+    after = config.model_type in POST_NORM or getattr(config, "do_layer_norm_before", True) is False
+    found = []
+    for block in blocks(model):
+        inside = [name.removeprefix(f"{block}.") for name, _ in layers(model) if name.startswith(f"{block}.")]
+        norms = [n for n in inside if LAST_NORM.fullmatch(n) or (after and n == "final_layer_norm")]
+        nested = [n for n in inside if re.fullmatch(r"layer\.\d+", n)]
+        found.append(".".join((block, *(norms or nested)[-1:])))
+    return [Site(name, name) for name in found]
+
+
 def parts(name: str) -> list[str]:
     return name.split(".")
 

@@ -97,7 +97,12 @@ def active(module: nn.Module, trainable: Mapping[str, nn.Parameter], steps: int)
     """The deltas of this run of `steps` steps, told that it begins: own parameters, if any, are not all frozen."""
     ours = {id(p) for p in trainable.values()}
     deltas = [m for m in module.modules() if hasattr(m, "penalty") and hasattr(m, "after_step")]
-    found = [m for m in deltas if not (own := {id(p) for p in m.parameters()}) or own & ours]
+    found: list[Any] = [m for m in deltas if not (own := {id(p) for p in m.parameters()}) or own & ours]
+    if unready := [delta for delta in found if getattr(delta, "ready", True) is False]:
+        raise VerificationError(
+            f"{len(unready)} deltas of {unready[0].what} have not seen the training rows they choose by: "
+            "call core.attach.prepare first (deltatune train does)"
+        )
     for delta in found:
         delta.begin(steps)
     return found

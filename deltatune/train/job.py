@@ -167,7 +167,13 @@ class Job:
                     if batch.targets:
                         yield self.objective.loss(self.model, batch)[0] / batch.targets
 
-        return Given(losses, self.config.train.seed)
+        def by_row() -> Iterator[Tensor]:
+            order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.config.train.seed))
+            for i in order.tolist():
+                if (batch := self.batch([self.rows[i]], packs=False)).targets:
+                    yield self.objective.loss(self.model, batch)[0] / batch.targets
+
+        return Given(losses, self.config.train.seed, by_row)
 
     def idle(self, key: str) -> bool:
         """Whether `key` may rightly end the run as it began."""

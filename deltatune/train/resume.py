@@ -9,12 +9,13 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltatune.train import guard, rng
 from deltatune.train.checkpoint import Snapshot
 
 if TYPE_CHECKING:
+    from deltatune.train.checkpoint import Store
     from deltatune.train.loop import Loop
 
 log = logging.getLogger("deltatune")
@@ -62,6 +63,20 @@ def periodic(loop: Loop) -> None:
     if by_time or (s.save_every and p.step % s.save_every == 0):
         save(loop)
         loop.saved_at = time.monotonic()
+
+
+def form(step: nn.Module, store: Store) -> None:
+    """Deltas that chose by rows before the first start become what the newest valid checkpoint holds."""
+    waiting = {name: m for name, m in step.named_modules() if getattr(m, "ready", True) is False}
+    found = store.latest()[0] if waiting else None
+    for name, delta in waiting.items() if found else ():
+        delta.take_form(_own(name, found.extra))  # type: ignore[union-attr]
+
+
+def _own(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The extra tensors of the delta called `name`, by its own names."""
+    prefix = f"delta|{name}|"
+    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
 
 
 def restore(loop: Loop) -> list[str]:
@@ -131,6 +146,4 @@ def _deltas(loop: Loop) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
 
 def _put_deltas(loop: Loop, tensors: dict[str, Tensor], extra: dict[str, dict[str, Any]]) -> None:
     for name, values in extra.items():
-        prefix = f"delta|{name}|"
-        own = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-        loop.step.get_submodule(name).load_extra({**values, **own})  # type: ignore[operator]  # state_extra's twin
+        loop.step.get_submodule(name).load_extra({**values, **_own(name, tensors)})  # type: ignore[operator]  # state_extra's twin

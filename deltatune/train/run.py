@@ -34,6 +34,7 @@ from .job import Job, from_model, in_training, prepare
 from .loop import Loop, Settings, Step
 from .optim import sane_lr
 from .progress import peak_bytes, progress, show
+from .resume import form as resume_form
 from .use import evaluate_file, open_adapted, record_of
 
 STARTED = "before.json"  # in checkpoints/: what was measured before step 1, so that a resumed run need not repeat it
@@ -183,7 +184,9 @@ def execute(job: Job, folder: Path, clock: Clock) -> Run:
     try:
         with in_training(job):
             told = len(job.notes)
-            if not store.all():
+            if store.all():
+                resume_form(Step(job.model, job.objective), store)
+            else:
                 learn_from_rows(job)
             with stoppable() as stop, clock.phase("before", job.notes):
                 opened = opening(job, folder, store)

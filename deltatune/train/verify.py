@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..core.attach import activate, attached, detach, disabled, each, known, merge, restored
 from ..core.delta import SLOT, Refusal
 from ..core.quant import scheme, size
-from ..core.registry import METHODS
+from ..core.registry import identity
 from ..core.site import block_linears
 from ..core.slot import slots
 from ..core.store import canonical, load, read_manifest, read_tensors, state, virtual_ids
@@ -126,8 +126,9 @@ def covered(job: Job) -> Check:
 @torch.no_grad()
 def starts_as_base(job: Job) -> Check:
     """The adapted model equals the base at the start, where the method promises it."""
-    names = [m.method_name for m in known(job.model, job.adapter).methods[job.adapter]]
-    if not all(METHODS[n].identity for n in names):
+    methods = known(job.model, job.adapter).methods[job.adapter]
+    if not all(map(identity, methods)):
+        names = [m.method_name for m in methods]
         return Check("identity", None, f"{' + '.join(names)} does not start as the base, by design")
     batch = probe(job)
     with evaluating(job.model):
@@ -185,7 +186,9 @@ def saved_whole(job: Job, folder: Path, start: Mapping[str, Tensor]) -> Check:
         "are missing on disk": now.keys() - disk.keys(),
         "differ on disk": [k for k in now.keys() & disk.keys() if not torch.equal(now[k].cpu(), disk[k].cpu())],
         "never moved": still if len(still) == len(now) else [],
-        "were zero at the start and still are": [k for k in still if not now[k].any() and not job.idle(k)],
+        "were zero at the start and still are": [
+            k for k in still if now[k].is_floating_point() and not now[k].any() and not job.idle(k)
+        ],
     }
     found = [f"{len(keys)} of {len(now)} tensors {what}: {few(keys)}" for what, keys in faults.items() if keys]
     if found:
