@@ -88,6 +88,13 @@ def count_spottune(cell: Any, fields: dict[str, Any]) -> int:
     return 32 * h + h + 2 * blocks * (h + 1) + (inner if fields["of"] else copied)
 
 
+def count_gate(cell: Any, fields: dict[str, Any]) -> int:
+    """Each method's own, and d_in + 1 for each of its places: all linear layers, attention, "o" and "down"."""
+    attention, ffn, _, _ = shape(cell)
+    inner = sum(COUNTS[name](cell, own) for part in fields["of"] for name, own in part.items())
+    return inner + sum(i + 1 for i, _ in linears(cell, {})) + attention * 33 + attention * 33 + ffn * 49
+
+
 def in_a_block(name: str) -> bool:
     return any(f".{w}.{i}." in f".{name}" for w in ("layers", "h", "block", "layer") for i in (0, 1))
 
@@ -98,6 +105,7 @@ COUNTS: dict[str, Callable[[Any, dict], int]] = {
     "adapter": count_adapter,
     "diffprune": count_diffprune,
     "spottune": count_spottune,
+    "gate": count_gate,
     "prefix": lambda c, f: shape(c)[0] * 2 * shape(c)[2] * f["length"],
     "prompt": lambda c, f: 32 * f["length"],
     "tokens": lambda c, f: 32 * len(f["ids"]) * (1 if c.original.config.tie_word_embeddings else 2),

@@ -18,13 +18,14 @@ UNMERGEABLE = {
     "prompt": "virtual ids have no row in the embedding",
     "spottune": "which change a sequence gets depends on the sequence",
     "spottune-full": "which change a sequence gets depends on the sequence",
+    "gate": "its gates depend on the sequence",
     "mam": "neither part has an equivalent weight",
 }
 
 # variant -> why rows() refuses it
 ROWLESS = dict.fromkeys(
     ("freeze", "full", "head", "lora+head", "prefix+head"), "a weight per row would be a copy of the weights per row"
-)
+) | {"gate": "a gated prefix weighs the whole batch"}
 
 # (variant, family) -> why there is no peft form, for variants whose method peft has
 MASKED = ("bert", "roberta", "distilbert", "electra", "modernbert")

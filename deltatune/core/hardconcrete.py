@@ -84,7 +84,7 @@ def keep_largest(parts: Sequence[Part], density: float) -> None:
 
 
 class Sparse(Delta):
-    """A change W' of weight [d_out, d_in] and b' of bias [d_out]: y + W' x + b'. Its parts: {"weight": ..., "bias": ...}."""
+    """A change W' of weight [d_out, d_in] and b' of bias [d_out]: y + W' x + b', sparse once pruned."""
 
     def __init__(self, parts: dict[str, Part]):
         super().__init__()

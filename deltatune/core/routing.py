@@ -107,6 +107,8 @@ class Policy(Delta):
         super().__init__()
         self.down = nn.Linear(layer.embedding_dim, settings.hidden)
         self.up = nn.Linear(settings.hidden, 2 * len(blocks))
+        with torch.no_grad():  # in favour of tuning: a block that is never chosen never learns
+            self.up.bias.copy_(torch.tensor([0.0, 1.0]).repeat(len(blocks)))
         self.blocks, self.now, self.first, self.settings = blocks, now, first, settings
         self.rates = {name: settings.policy_ratio for name, _ in self.named_parameters()}
         self.fold()

@@ -16,7 +16,7 @@ from .freeze import Full
 from .lora import LoRA
 
 LEVELS = ("block", "delta")
-SMALL: dict[str, Any] = {"of": [{"lora": {"r": 2}}], "pool": 3, "hidden": 5}
+SMALL: dict[str, Any] = {"of": [{"lora": {"r": 2}}], "pool": 3, "hidden": 4}
 
 
 @method("spottune", paper="1811.08737", kind="adapter", lr=1e-3, tiny={"": SMALL, "spottune-full": SMALL | {"of": []}})
