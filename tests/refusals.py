@@ -25,7 +25,7 @@ UNMERGEABLE = {
 # variant -> why rows() refuses it
 ROWLESS = dict.fromkeys(
     ("freeze", "full", "head", "lora+head", "prefix+head"), "a weight per row would be a copy of the weights per row"
-) | {"gate": "a gated prefix weighs the whole batch"}
+)
 
 # (variant, family) -> why there is no peft form, for variants whose method peft has
 MASKED = ("bert", "roberta", "distilbert", "electra", "modernbert")

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
-from .attention import packed_lens
+from .attention import CROSS, packed_lens
 from .delta import SLOT, Delta, Refusal, Wrapped
-from .site import Site, block_of, layers, name_of, stem
+from .site import Site, block_of, layers, name_of, parts, plays, stem, widths
 
 Call = tuple[tuple, Mapping[str, Any]]
 
@@ -25,6 +25,7 @@ class Now:
     def __init__(self) -> None:
         self.mask: Tensor | None = None  # [rows, seq], True for real tokens; None: all are
         self.past = 0  # cached positions before this call
+        self.rows = 1  # of the batch, for layers that see tokens without their rows
         self.hard: Tensor | None = None  # [rows or tokens, blocks]: True runs the changed block
         self.soft: Tensor | None = None  # the same as probabilities, with their graph
         self.flipped: int | None = None  # the block whose decision is turned round, for the policy's gradient
@@ -41,17 +42,46 @@ class Watch(Delta):
         self.now = now
 
     def look(self, layer: nn.Module, given: Call, pick: Callable[[Tensor], Tensor]) -> None:
-        kwargs = given[1]
+        args, kwargs = given
+        ids = args[0] if args else kwargs.get("input_ids")
+        self.now.rows = len(pick(ids if ids is not None else kwargs["inputs_embeds"]))
         past, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         self.now.past = int(past.get_seq_length()) if isinstance(past, Cache) else 0
         self.now.mask = pick(mask).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def watched(model: Any, now: Now) -> tuple[Site, Delta]:
-    """The watch at the stack that reads the input: the trunk, or the encoder of an encoder-decoder."""
-    source = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else stem(model)
+def watched(model: Any, now: Now, decoder: bool = False) -> tuple[Site, Delta]:
+    """The watch at the stack that reads the input: the trunk, or the encoder of an encoder-decoder (or its decoder)."""
+    source = stem(model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        source = model.get_decoder() if decoder else model.get_encoder()
     name = name_of(model, source)
     return Site(name, name), Watch(now)
+
+
+Reading = tuple[Now, int | None]  # what a stack of blocks runs on now, and how many first tokens speak for a sequence
+
+
+def readings(model: Any, pool: int | None) -> tuple[list[tuple[Site, Delta]], Callable[[Site], Reading]]:
+    """The watches to put in, and the reading of each site. A decoder begins with its start token alone, so that one
+    token speaks for the sequence; cross-attention's keys and values are the encoder's tokens."""
+    first: Reading = (Now(), pool if pool or reads_ahead(model) else 16)
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return [watched(model, first[0])], lambda site: first
+    second: Reading = (Now(), 1)
+    decoder = parts(name_of(model, model.get_decoder()))
+
+    def reading(site: Site) -> Reading:
+        where = parts(site.read)
+        crossed = not CROSS.isdisjoint(where) and (plays(site.read, "k") or plays(site.read, "v"))
+        return second if where[: len(decoder)] == decoder and not crossed else first
+
+    return [watched(model, first[0]), watched(model, second[0], decoder=True)], reading
+
+
+def hidden_size(attention: nn.Module) -> int:
+    """What an attention module reads: the input of its first projection."""
+    return next(widths(m)[0] for m in attention.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2)
 
 
 def reads_ahead(model: Any) -> bool:
@@ -69,7 +99,7 @@ def pooled(x: Tensor, now: Now, first: int | None) -> Tensor:
     if lens is not None and x.shape[0] == 1:
         starts = accumulate(lens, initial=0)
         return torch.stack([x[0, a : a + min(n, first or n)].mean(0) for a, n in zip(starts, lens, strict=False)])
-    x = x.flatten(0, -3)
+    x = x.flatten(0, -3) if x.ndim > 2 else x.view(now.rows, -1, x.shape[-1])
     real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if now.mask is not None and now.mask.numel() == real.numel():
         real = now.mask.reshape(real.shape).to(x.device)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.delta import Delta, Refusal, Wrapped, overrides
 from ..core.registry import method, whole
-from ..core.routing import Now, per_token, pooled, reads_ahead, spread, watched
+from ..core.routing import Now, hidden_size, per_token, pooled, readings, spread
 from ..core.site import Site, widths
 from .adapter import Adapter
 from .lora import LoRA
@@ -24,11 +24,11 @@ PER = ("sequence", "token")
 @method("gate", paper="2110.07577", kind="adapter", lr=1e-3, identity=False, tiny={"": {"of": SMALL, "pool": 3}})
 @dataclass(frozen=True)
 class Gate:
-    """A learned gate in front of each layer's change by each of the methods `of`, read from that layer's input.
+    """A learned gate on each layer's change by each of the methods `of`, read from that layer's input.
 
-    per "sequence": the mean of the tokens' gates, as in the paper; "token": each its own (a prefix's stays one per
-    sequence). pool: the first n tokens are the sequence; left out, all of an encoder's and the first 16 of a causal
-    model's. Parameters: d_in + 1 for each layer and method.
+    per "sequence": the mean of the tokens' gates, as in the paper; "token": each its own (but one for a prefix).
+    pool: how many first tokens that mean takes; left out, all of an encoder's, 16 of a causal model's, always 1 of a
+    decoder's beside an encoder. Parameters: d_in + 1 for each layer and method.
     """
 
     of: tuple[Any, ...] = field(default=(LoRA(), Prefix(), Adapter()), metadata={"methods": True})
@@ -39,27 +39,20 @@ class Gate:
         if self.per not in PER:
             raise ValueError(f"Gate per {self.per!r}: choose from {', '.join(PER)}")
         if not self.of:
-            raise ValueError("Gate of: [] gates nothing; give methods, for instance [lora, prefix, adapter]")
+            raise ValueError("Gate of: [] gates nothing; give methods: [lora, prefix, adapter]")
         whole("Gate pool", 1 if self.pool is None else self.pool)
 
     def deltas(self, model: Any) -> Iterator[tuple[Site, Delta]]:
-        now, first = Now(), self.pool if self.pool or reads_ahead(model) else 16
-        yield watched(model, now)
+        watches, reading = readings(model, self.pool)
+        yield from watches
         for site, delta in (pair for m in self.of for pair in m.deltas(model)):
             layer: Any = model.get_submodule(site.read)
             if delta.inplace or isinstance(layer, nn.Embedding):
-                raise Refusal(
-                    "a gate scales a change of activations, sequence by sequence.",
-                    found=f"{type(delta).__name__} at {site.write}",
-                    instead="of: lora, ia3, adapter, prefix, ...; what trains weights or embeddings stands beside it",
-                )
+                found = f"{type(delta).__name__} at {site.write}"
+                instead = "of: lora, ia3, adapter, prefix, ...; what trains weights or embeddings stands beside it"
+                raise Refusal("a gate scales a change of activations.", found=found, instead=instead)
             width = hidden_size(layer) if overrides(delta, "attend") else widths(layer)[0]
-            yield site, (Front if overrides(delta, "attend") else Gated)(delta, width, (now, first, self.per))
-
-
-def hidden_size(attention: nn.Module) -> int:
-    """What an attention module reads: the input of its first projection."""
-    return next(widths(m)[0] for m in attention.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2)
+            yield site, (Front if overrides(delta, "attend") else Gated)(delta, width, (*reading(site), self.per))
 
 
 class Gated(Wrapped):
@@ -95,15 +88,13 @@ class Front(Gated):
     def look(self, layer: nn.Module, given: tuple[tuple, Mapping[str, Any]], pick: Callable[[Tensor], Tensor]) -> None:
         args, kwargs = given
         self.weigh(pick(args[0] if args else kwargs["hidden_states"]), "sequence")
+        self.row = 0
 
     def attend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         g, n = self.held.soft, k.shape[2]
-        if g is None or len(g) != len(k):
-            raise Refusal(
-                "rows() runs attention row by row, and a gated prefix weighs the whole batch.",
-                found=f"{len(k)} rows of keys, {0 if g is None else len(g)} gates",
-                instead="activate() one adapter at a time",
-            )
+        assert g is not None
+        if len(g) > len(k) == 1:  # rows() runs one row after another
+            g, self.row = g[self.row : self.row + 1], self.row + 1
         k, v = self.inner.attend(k, v)
         own, g = k.shape[2] - n, g.view(-1, 1, 1, 1).to(k.dtype)
-        return tuple(torch.cat([g * t[:, :, :own], t[:, :, own:]], 2) for t in (k, v))  # type: ignore[return-value]
+        return torch.cat([g * k[:, :, :own], k[:, :, own:]], 2), torch.cat([g * v[:, :, :own], v[:, :, own:]], 2)
