@@ -56,12 +56,12 @@ def test_all_is_every_bias_of_the_body():
 def test_terms_roles_and_names_go_together():
     names = trainable(attach(tiny("bert"), BitFit(("query", "up", r".*layer\.0\.output\.LayerNorm"))))
     assert len(names) == 2 + 2 + 1
-    with pytest.raises(ValueError, match="target 'intermediat' .*Did you mean 'intermediate'"):
+    with pytest.raises(ValueError, match=r"target .intermediat. .*Did you mean .intermediate."):
         attach(tiny("bert"), BitFit(("intermediat",)))
 
 
 def test_a_fused_bias_is_trained_whole_or_not_at_all():
-    with pytest.raises(Refusal, match="share one bias.*c_attn as k, q"):
+    with pytest.raises(Refusal, match=r"share one bias.*c_attn as k, q"):
         attach(tiny("gpt2"), BitFit(("query", "key")))
     names = trainable(attach(tiny("gpt2"), BitFit(("query", "key", "value"))))
     assert list(names) == [f"transformer.h.{i}.attn.c_attn.bias" for i in (0, 1)]
