@@ -1,4 +1,4 @@
-"""Choice: answers of any length ranked by log p(y | x) / |y|, with T-Few's three losses (Liu et al., arXiv:2205.05638)."""
+"""Choice: answers of any length ranked by log p(y | x) / |y|, with the losses of T-Few (arXiv:2205.05638)."""
 
 from __future__ import annotations
 
