@@ -149,7 +149,7 @@ class Wrapped(Delta):
         self.conditional = inner.conditional
 
     @property
-    def site(self) -> Site:  # type: ignore[override]
+    def site(self) -> Site:
         return self.inner.site
 
     @site.setter

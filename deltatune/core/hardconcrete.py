@@ -24,6 +24,10 @@ class Part(nn.Module):
     """z * w of one tensor; a fixed mask of it once pruned; its kept values alone once folded."""
 
     w: nn.Parameter | None
+    gate: nn.Parameter | None
+    group: nn.Parameter | None
+    values: nn.Parameter | None = None
+    indices: Tensor
     keep: Tensor
 
     def __init__(self, shape: tuple[int, ...], alpha: float, structured: bool):
@@ -42,11 +46,13 @@ class Part(nn.Module):
         return self.values.new_zeros(self.shape).flatten().scatter(0, self.indices.long(), self.values).view(self.shape)
 
     def z(self, sampled: bool) -> Tensor:
+        assert self.gate is not None
         z = hard_concrete(self.gate, sampled)
         return z if self.group is None else z * hard_concrete(self.group, sampled)
 
     def expected(self) -> Tensor:
         """The expected number of open gates, sum of sigmoid(alpha) (times the group's own)."""
+        assert self.gate is not None
         open_ = torch.sigmoid(self.gate).sum()
         return open_ if self.group is None else open_ * torch.sigmoid(self.group)
 
@@ -91,11 +97,15 @@ class Sparse(Delta):
         self.parts = nn.ModuleDict(parts)
 
     @property
+    def own(self) -> dict[str, Part]:
+        return {kind: part for kind, part in self.parts.items() if isinstance(part, Part)}
+
+    @property
     def pruned(self) -> bool:
-        return all(part.pruned for part in self.parts.values())
+        return all(part.pruned for part in self.own.values())
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        change = {kind: part() for kind, part in self.parts.items()}
+        change = {kind: part() for kind, part in self.own.items()}
         if (weight := change["weight"]) is not None:
             y = y + F.linear(x, weight.to(x.dtype))
         return y if (bias := change.get("bias")) is None else y + bias.to(y.dtype)
@@ -103,10 +113,10 @@ class Sparse(Delta):
     def merged(self, dense: Dense) -> dict[str, Tensor]:
         whole = {"weight": dense.weight, "bias": dense.bias}
         found = {}
-        for kind, part in self.parts.items():
-            own, change = whole[kind], part()
-            if own is not None and change is not None:
-                found[kind] = (own.to(change.dtype) + change.to(own.device)).to(own.dtype)
+        for kind, part in self.own.items():
+            old, change = whole[kind], part()
+            if old is not None and change is not None:
+                found[kind] = (old.to(change.dtype) + change.to(old.device)).to(old.dtype)
         return found
 
     def state_extra(self) -> dict[str, Any]:
@@ -114,22 +124,22 @@ class Sparse(Delta):
 
     def load_extra(self, state: Mapping[str, Any]) -> None:
         super().load_extra(state)
-        for part in self.parts.values():
+        for part in self.own.values():
             part.pruned = bool(state["pruned"])
 
     def fold(self) -> None:
         """Kept values and indices alone, once pruned; gates that are still learned stay."""
-        for part in self.parts.values() if self.pruned else ():
+        for part in self.own.values() if self.pruned else ():
             part.become(part.sparse())
 
     def stored(self, layer: nn.Module) -> dict[str, Tensor]:
         if not self.pruned:
             return super().stored(layer)
-        return {f"parts.{kind}.{n}": t for kind, part in self.parts.items() for n, t in part.sparse().items()}
+        return {f"parts.{kind}.{n}": t for kind, part in self.own.items() for n, t in part.sparse().items()}
 
     def take_form(self, tensors: Mapping[str, Tensor]) -> None:
         if any(name.endswith(".w") for name in tensors):
             return
-        for kind, part in self.parts.items():
+        for kind, part in self.own.items():
             start = f"parts.{kind}."
             part.become({n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)})

@@ -141,7 +141,7 @@ class Policy(Delta):
             self.up.bias.copy_(torch.tensor([0.0, 1.0]).repeat(len(blocks)))
         self.blocks, self.now, self.first, self.settings = blocks, now, first, settings
         self.rates = {name: settings.policy_ratio for name, _ in self.named_parameters()}
-        self.fold()
+        self.seen, self.tuned = 0, torch.zeros(len(blocks), dtype=torch.float64)
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if not self.now.past:  # a cached sequence keeps what was decided at its start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class Slot(nn.ModuleDict):
 
     def look(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         for name, delta in self.looking:
-            delta.look(layer, (args, kwargs), lambda x, n=name: self.picked(n, x))
+            delta.look(layer, (args, kwargs), partial(self.picked, name))
 
     def wrap(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         for _, delta in self.wrapping:

@@ -69,7 +69,7 @@ class Diff(Sparse):
         """lambda times the expected number of open gates."""
         if self.pruned or not self.settings.l0:
             return None
-        return self.settings.l0 * torch.stack([part.expected() for part in self.parts.values()]).sum()
+        return self.settings.l0 * torch.stack([part.expected() for part in self.own.values()]).sum()
 
     def begin(self, steps: int) -> None:
         at = self.settings.prune_at
@@ -82,4 +82,4 @@ class Diff(Sparse):
 
     def after_step(self, step: int) -> None:
         if step == self.at and self is self.every[0] and not self.pruned:
-            keep_largest([part for delta in self.every for part in delta.parts.values()], self.settings.density)
+            keep_largest([part for delta in self.every for part in delta.own.values()], self.settings.density)

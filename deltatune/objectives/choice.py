@@ -58,7 +58,7 @@ class Choice:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in self.labels)  # type: ignore[misc, str-unpack]
+        return tuple(name for name, _ in self.labels)  # type: ignore[str-unpack]
 
     def fit(self, examples: Sequence[Example]) -> Choice:
         """Rows without choices of their own: without answer texts, the class names themselves are the answers."""
