@@ -26,7 +26,7 @@ class Part(nn.Module):
     w: nn.Parameter | None
     gate: nn.Parameter | None
     group: nn.Parameter | None
-    values: nn.Parameter | None = None
+    values: nn.Parameter | None
     indices: Tensor
     keep: Tensor
 
@@ -35,6 +35,7 @@ class Part(nn.Module):
         self.shape, self.pruned = shape, False
         self.w, self.gate = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.full(shape, float(alpha)))
         self.group = nn.Parameter(torch.full((), float(alpha))) if structured else None
+        self.register_parameter("values", None)
         self.register_buffer("keep", torch.ones(shape, dtype=torch.bool), persistent=False)
 
     def forward(self) -> Tensor | None:
