@@ -30,36 +30,39 @@ def shape(cell: Any) -> tuple[int, int, int, dict[str, tuple[tuple[int, int], ..
     return attention, ffn, kv, shapes
 
 
-def count_lora(cell: Any, fields: dict[str, Any], dense: bool = False) -> int:
+def linears(cell: Any, fields: dict[str, Any]) -> list[tuple[int, int]]:
+    """(d_in, d_out) of every target layer."""
     attention, ffn, _, shapes = shape(cell)
     if FAMILIES[cell.family].fused and "targets" not in fields:  # "all" takes a fused projection as one layer
         shapes = {"o": shapes["o"], "up": shapes["up"], "down": shapes["down"]}
         shapes["qkv"] = ((32, 32 + 2 * shape(cell)[2]),)
     roles = fields.get("targets", shapes)
     layers = {role: ffn if role in ("up", "down") else attention for role in shapes}
-    return sum(layers[role] * (i * o if dense else fields["r"] * (i + o)) for role in roles for i, o in shapes[role])
+    return [pair for role in roles for pair in shapes[role] for _ in range(layers[role])]
 
 
-def linear_layers(cell: Any) -> list[tuple[int, int]]:
-    """(d_in, d_out) of every linear layer of the blocks; a fused projection is one."""
-    attention, ffn, kv, shapes = shape(cell)
-    if FAMILIES[cell.family].fused:
-        shapes = {**{r: shapes[r] for r in ("o", "up", "down")}, "qkv": ((32, 32 + 2 * kv),)}
-    return [s for role in shapes for s in shapes[role] * (ffn if role in ("up", "down") else attention)]
+def count_lora(cell: Any, fields: dict[str, Any], dense: bool = False) -> int:
+    return sum(i * o if dense else fields["r"] * (i + o) for i, o in linears(cell, fields))
 
 
 def count_rows(cell: Any) -> int:
-    return sum(d_out for _, d_out in linear_layers(cell))
+    return sum(d_out for _, d_out in linears(cell, {}))
 
 
 def count_layers(cell: Any) -> int:
-    return len(linear_layers(cell))
+    return len(linears(cell, {}))
 
 
 def stored(cell: Any) -> int:
     """Values in a saved adapter: what is trained, and the frozen start of a PiSSA or an OLoRA."""
     starts = [f for part in cell.parts for f in part.values() if f.get("init") in ("pissa", "olora")]
     return count(cell) + sum(count_lora(cell, f) for f in starts)
+
+
+def count_diffprune(cell: Any, fields: dict[str, Any]) -> int:
+    """A value and a gate for every entry of weight and bias, and one more gate for each of the two."""
+    biased = FAMILIES[cell.family].biased
+    return sum(2 * (i * o + biased * o) + 1 + biased for i, o in linears(cell, fields))
 
 
 def count_adapter(cell: Any, fields: dict[str, Any]) -> int:
@@ -113,6 +116,26 @@ def in_last_block(name: str, cell: Any) -> bool:
     ) and not (cell.family == "t5" and "block.1." not in name)  # fmt: skip
 
 
+def count_spottune(cell: Any, fields: dict[str, Any]) -> int:
+    """The policy's two layers, and the methods inside; [] is a copy of each block."""
+    blocks, h = 2 * (1 + (FAMILIES[cell.family].kind == "seq2seq")), fields["hidden"]
+    inner = sum(COUNTS[name](cell, own) for part in fields["of"] for name, own in part.items())
+    names = cell.original.named_parameters()
+    copied = sum(p.numel() for n, p in names if in_a_block(n) and "relative_attention_bias" not in n)
+    return 32 * h + h + 2 * blocks * (h + 1) + (inner if fields["of"] else copied)
+
+
+def count_gate(cell: Any, fields: dict[str, Any]) -> int:
+    """Each method's own, and d_in + 1 for each of its places: all linear layers, attention, "o" and "down"."""
+    attention, ffn, _, _ = shape(cell)
+    inner = sum(COUNTS[name](cell, own) for part in fields["of"] for name, own in part.items())
+    return inner + sum(i + 1 for i, _ in linears(cell, {})) + attention * 33 + attention * 33 + ffn * 49
+
+
+def in_a_block(name: str) -> bool:
+    return any(f".{w}.{i}." in f".{name}" for w in ("layers", "h", "block", "layer") for i in (0, 1))
+
+
 COUNTS: dict[str, Callable[[Any, dict], int]] = {
     "lora": count_lora,
     "dora": lambda c, f: count_lora(c, f) + count_rows(c),
@@ -121,6 +144,9 @@ COUNTS: dict[str, Callable[[Any, dict], int]] = {
     "adapter": count_adapter,
     "sparse": count_sparse,
     "select": lambda c, f: math.ceil(f["density"] * count_lora(c, {"targets": ("q", "down"), "r": 1}, dense=True)),
+    "diffprune": count_diffprune,
+    "spottune": count_spottune,
+    "gate": count_gate,
     "prefix": lambda c, f: shape(c)[0] * 2 * shape(c)[2] * f["length"],
     "prompt": lambda c, f: 32 * f["length"],
     "tokens": lambda c, f: 32 * len(f["ids"]) * (1 if c.original.config.tie_word_embeddings else 2),

@@ -16,6 +16,9 @@ UNMERGEABLE = {
     "prefix": "keys and values have no equivalent weight",
     "prefix+head": "keys and values have no equivalent weight",
     "prompt": "virtual ids have no row in the embedding",
+    "spottune": "which change a sequence gets depends on the sequence",
+    "spottune-full": "which change a sequence gets depends on the sequence",
+    "gate": "its gates depend on the sequence",
     "mam": "neither part has an equivalent weight",
 }
 

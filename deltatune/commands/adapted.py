@@ -63,7 +63,9 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Rows to measure on.")],
     model: Model = None,
     adapter: Adapter = None,
-    objective: Annotated[str | None, typer.Option(help="sft, classify, cloze, or YAML; left out: the run's.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="sft, classify, cloze, choice, or YAML; left out: the run's.")
+    ] = None,
     set_: Sets = None,
     json_: Json = False,
 ) -> None:

@@ -27,8 +27,9 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 class Method(Protocol):
     """A frozen dataclass whose fields are the paper's hyper-parameters.
 
-    Two more, where a method needs them: `bind(tokenizer)` -> the method with its words as token ids, and
-    `prepare(model, deltas, given)` for what must see training rows before step 1.
+    Three more, where a method needs them: `bind(tokenizer)` -> the method with its words as token ids;
+    `prepare(model, deltas, given)` for what must see training rows before step 1; `report(model, deltas)` -> numbers
+    for the run's report, {name: number or a mapping of these}.
     """
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]: ...

@@ -108,6 +108,12 @@ def packed(lens: Sequence[int]) -> Iterator[None]:
         )
 
 
+def packed_lens() -> tuple[int, ...] | None:
+    """The lengths of the sequences of the forward pass that runs now, where it is packed."""
+    pack = _PACK.get()
+    return None if pack is None else pack.lens
+
+
 def make_mask(*, batch_size: int, q_length: int, kv_length: int, **how: Any) -> Tensor | Packed | None:
     """transformers' own sdpa mask; inside `packed(lens)` one mask per sequence, from the same mask function."""
     pack = _PACK.get()

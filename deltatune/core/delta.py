@@ -93,6 +93,14 @@ class Delta(nn.Module):
         """k, v [batch, kv_heads, seq, head_dim] -> keys and values with learned positions in FRONT."""
         return k, v
 
+    def look(self, layer: nn.Module, given: tuple[tuple, Mapping[str, Any]], pick: Callable[[Tensor], Tensor]) -> None:
+        """See what `layer` (any module, a whole block too) is called with: (args, kwargs). `pick` takes, of a tensor
+        [batch, ...], the rows this adapter runs on."""
+
+    def wrap(self, layer: nn.Module, given: tuple[tuple, Mapping[str, Any]], output: Any) -> Any:
+        """(args, kwargs) and what `layer` (a whole block, say) made of them -> the output that leaves it."""
+        return output
+
     def shift(self) -> int:
         """How many positions the real tokens move back because of this delta (a prefix's length)."""
         return 0
@@ -152,6 +160,60 @@ class Delta(nn.Module):
         return dict(self.named_parameters())
 
 
+class Wrapped(Delta):
+    """A delta around another, at the same place, which decides when and how much of `inner` is heard.
+
+    Subclasses override `before`, `after` and `attend`; each runs only where `inner` has its own.
+    """
+
+    def __init__(self, inner: Delta):
+        super().__init__()
+        self.inner = inner
+        self.rates = {f"inner.{name}": rate for name, rate in inner.rates.items()}
+        self.conditional = inner.conditional
+
+    @property
+    def site(self) -> Site:
+        return self.inner.site
+
+    @site.setter
+    def site(self, site: Site) -> None:
+        self.inner.site = site
+
+    def shift(self) -> int:
+        return self.inner.shift()
+
+    def fold(self) -> None:
+        self.inner.fold()
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """The wrapper's own parameters."""
+        return {name: p for name, p in self.named_parameters() if not name.startswith("inner.")}
+
+    def stored(self, layer: nn.Module) -> dict[str, Tensor]:
+        inner = {f"inner.{name}": t for name, t in self.inner.stored(layer).items()}
+        return {name: p.detach() for name, p in self.own().items()} | inner
+
+    def take_form(self, tensors: Mapping[str, Tensor]) -> None:
+        self.inner.take_form(within(tensors))
+
+    def put(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self.inner.put(layer, within(tensors))
+        with torch.no_grad():
+            for name, parameter in self.own().items():
+                parameter.copy_(tensors[name])
+
+    def trained(self, layer: nn.Module) -> dict[str, nn.Parameter]:
+        return self.own() | {f"inner.{name}": p for name, p in self.inner.trained(layer).items()}
+
+
+def within(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inner delta's tensors out of a wrapper's."""
+    return {name.removeprefix("inner."): t for name, t in tensors.items() if name.startswith("inner.")}
+
+
 def overrides(delta: Delta, name: str) -> bool:
     """Whether the delta's class has its own `name`, so that a slot only pays for the hooks it needs."""
+    if isinstance(delta, Wrapped) and name in ("before", "after", "attend"):
+        return overrides(delta.inner, name)
     return getattr(type(delta), name) is not getattr(Delta, name)

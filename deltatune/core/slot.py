@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +50,8 @@ class Slot(nn.ModuleDict):
         self.befores: list[Running] = []
         self.afters: list[Running] = []
         self.attending: list[Running] = []
+        self.looking: list[Running] = []
+        self.wrapping: list[Running] = []
 
     def of(self, name: str) -> list[Delta]:
         """The deltas of adapter `name` here; none when it does not touch this layer."""
@@ -60,6 +64,10 @@ class Slot(nn.ModuleDict):
             self.hook("pre", lambda: layer.register_forward_pre_hook(self.pre))
         if overrides(delta, "after"):
             self.hook("post", lambda: layer.register_forward_hook(self.post))
+        if overrides(delta, "look"):
+            self.hook("look", lambda: layer.register_forward_pre_hook(self.look, with_kwargs=True))
+        if overrides(delta, "wrap"):
+            self.hook("wrap", lambda: layer.register_forward_hook(self.wrap, with_kwargs=True))
 
     def hook(self, kind: str, register: Callable[[], object]) -> None:
         if kind not in self.hooked:
@@ -73,6 +81,8 @@ class Slot(nn.ModuleDict):
         self.befores = [(n, d) for n, d in running if overrides(d, "before")]
         self.afters = [(n, d) for n, d in running if overrides(d, "after")]
         self.attending = [(n, d) for n, d in running if overrides(d, "attend")]
+        self.looking = [(n, d) for n, d in running if overrides(d, "look")]
+        self.wrapping = [(n, d) for n, d in running if overrides(d, "wrap")]
 
     @property
     def attends(self) -> bool:
@@ -93,6 +103,19 @@ class Slot(nn.ModuleDict):
             part = self.on_rows(name, part, lambda p, s, d=delta: d.after(layer, s, p), source)
             y = put(y, delta.site.columns, part)
         return y
+
+    def look(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for name, delta in self.looking:
+            delta.look(layer, (args, kwargs), partial(self.picked, name))
+
+    def wrap(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        for _, delta in self.wrapping:
+            output = delta.wrap(layer, (args, kwargs), output)
+        return output
+
+    def picked(self, name: str, x: Tensor) -> Tensor:
+        """The rows of x [batch, ...] that adapter `name` runs on."""
+        return x if self.rows is None else by_row(x, self.row_count)[self.rows[name].to(x.device)]
 
     def on_rows(self, name: str, y: Tensor, change: Callable, x: Tensor | None = None) -> Tensor:
         """`change` the whole batch, or only the rows that belong to adapter `name`."""

@@ -27,6 +27,7 @@ class Batch:
     lens: tuple[int, ...] | None = None
     mask_at: Tensor | None = None
     where: tuple[str, ...] = ()
+    choices: Tensor | None = None  # [rows, choices, longest] with -100: answers to choose from
 
     @property
     def targets(self) -> int:
@@ -39,7 +40,8 @@ class Batch:
         """The same batch on another device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         at = None if self.mask_at is None else self.mask_at.to(device)
-        return Batch(inputs, self.labels.to(device), self.lens, at, self.where)
+        choices = None if self.choices is None else self.choices.to(device)
+        return Batch(inputs, self.labels.to(device), self.lens, at, self.where, choices)
 
 
 def pad(rows: Sequence[Encoded], pad_id: int, side: str = "right") -> Batch:
@@ -55,7 +57,8 @@ def pad(rows: Sequence[Encoded], pad_id: int, side: str = "right") -> Batch:
     }
     if all(row.type_ids is not None for row in rows):
         inputs["token_type_ids"] = filled([row.type_ids or () for row in rows], 0, side)
-    return Batch(inputs, _labels(rows, side), mask_at=_mask_at(rows, side), where=tuple(row.where for row in rows))
+    where = tuple(row.where for row in rows)
+    return Batch(inputs, _labels(rows, side), mask_at=_mask_at(rows, side), where=where, choices=_choices(rows))
 
 
 def filled(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
@@ -78,6 +81,15 @@ def _labels(rows: Sequence[Encoded], side: str) -> Tensor:
         raise ValueError(f"{missing}: the row has neither labels nor a target")
     scores = any(isinstance(value, float | tuple) for value in targets)
     return torch.tensor(targets, dtype=torch.float32 if scores else torch.long)
+
+
+def _choices(rows: Sequence[Encoded]) -> Tensor | None:
+    """Rows with fewer answers than others are filled up with answers of no tokens."""
+    if not any(row.choices for row in rows):
+        return None
+    most = max(len(row.choices) for row in rows)
+    flat = [ids for row in rows for ids in (*row.choices, *([()] * (most - len(row.choices))))]
+    return filled(flat, IGNORE).view(len(rows), most, -1)
 
 
 def _mask_at(rows: Sequence[Encoded], side: str) -> Tensor | None:

@@ -36,6 +36,7 @@ class Encoded:
     """One row as tokens. `labels[i] == ids[i]` where learned, else -100; not shifted; `labels[0]` is -100.
 
     With `decoder`, `labels` are the decoder's own target ids. `target`: a class, a score, or 0/1 for every class.
+    `choices`: the tokens of every answer to choose from, of which `target` is the right one.
     """
 
     ids: tuple[int, ...]
@@ -45,6 +46,7 @@ class Encoded:
     mask_at: int | None = None
     where: str = ""
     decoder: bool = False
+    choices: tuple[tuple[int, ...], ...] = ()
 
     @property
     def targets(self) -> int:

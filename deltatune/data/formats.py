@@ -22,7 +22,7 @@ PAIRS = (
 )  # fmt: skip
 SINGLE = ("text", "sentence", "review", "content")
 LABELS = ("label", "labels")
-SIDE = ("id", "idx", "source", "weight")  # columns that travel along without a note
+SIDE = ("id", "idx", "source", "weight", "choices")  # columns that travel along without a note
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from ..data.problems import nearest
+from .choice import Choice
 from .classify import Classify
 from .cloze import Cloze
 from .sft import SFT
 
-__all__ = ["OBJECTIVES", "SFT", "Classify", "Cloze", "build", "record"]
+__all__ = ["OBJECTIVES", "SFT", "Choice", "Classify", "Cloze", "build", "record"]
 
-OBJECTIVES: dict[str, type] = {"sft": SFT, "classify": Classify, "cloze": Cloze}
+OBJECTIVES: dict[str, type] = {"sft": SFT, "classify": Classify, "cloze": Cloze, "choice": Choice}
 
 
 def build(block: Any) -> Any:
@@ -41,4 +42,6 @@ def record(objective: Any) -> dict[str, dict[str, Any]]:
     found = {key: value for key, value in asdict(objective).items() if key not in hidden}
     if isinstance(found.get("labels"), tuple) and objective.name == "cloze":
         found["labels"] = {name: list(words) for name, words in found["labels"]}
+    if objective.name == "choice":
+        found["labels"] = dict(found["labels"])
     return {objective.name: found}

@@ -66,6 +66,8 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
         shown = ", ".join(f"{k} {number(v)}" for k, v in numbers.items() if k != "gap")
         yield f"out of domain: {name}: {shown}"
     yield from forgotten(s.get("retention") or {})
+    for name, said in (s.get("methods") or {}).items():
+        yield f"{name}: {', '.join(flat(said))}"
     share = s["trainable_parameters"] / s["parameters"]
     tuned = f"{s['trainable_parameters']:,} of {s['parameters']:,} parameters ({share:.2%})"
     yield f"trained: {tuned}, {s['steps']} steps, {s['train_rows']} rows"
@@ -75,6 +77,15 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
     highest = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in s["memory"].items())
     yield f"peak memory: {s['peak_memory_bytes'] / 2**30:.2f} GiB (up to the end of {highest})"
     yield f"adapter: {s['adapter']}"
+
+
+def flat(said: Mapping[str, Any], of: str = "") -> Iterator[str]:
+    """What a method reports, {name: number or a mapping of these}, as 'name number'."""
+    for name, value in said.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{of}{name} ")
+        else:
+            yield f"{of}{name} {f'{value:.3g}' if isinstance(value, float) else value}"
 
 
 def tally(tried: Mapping[str, Any], name: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.attach import disabled
+from ..core.attach import disabled, each, known
 from ..data.example import Example
 from ..evaluate import retention as kept
 from ..evaluate.metrics import find
@@ -107,7 +107,19 @@ def after(job: Job, first: Before) -> dict[str, Any]:
             return score(job, rows).numbers
 
         result["ood"] = kept.out_of_domain(measure, now.numbers, job.ood)
+    if said := told(job):
+        result["methods"] = said
     return result
+
+
+def told(job: Job) -> dict[str, Any]:
+    """What the methods have to say after training, where they have a `report(model, deltas)`: drift, routing, ..."""
+    own = [delta for _, delta in each(job.model, job.adapter)]
+    return {
+        m.method_name: m.report(job.model, [delta for delta in own if delta.method is m])
+        for m in known(job.model, job.adapter).methods[job.adapter]
+        if hasattr(m, "report")
+    }
 
 
 def forgotten(first: Mapping[str, Any] | None, again: Any) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
 
 FROM_RESULT = (
     "metric", "before", "after", "intervals", "intervals_before", "gain", "measured_on", "retention", "untuned_prompts",
-    "ood",
+    "ood", "methods",
 )  # fmt: skip
 
 

@@ -110,7 +110,9 @@ def finish(loop: Loop, best: bool) -> None:
     save(loop)
     save(loop)  # there is no later chance: a failure is tried once more
     if best and loop.store and p.best_step not in (None, p.step):
-        put(loop, loop.store.load(loop.store.folder / f"ckpt-{p.best_step:08d}").trainable)
+        found = loop.store.load(loop.store.folder / f"ckpt-{p.best_step:08d}")
+        put(loop, found.trainable)
+        _put_deltas(loop, found.extra, found.state["extra"])
 
 
 @torch.no_grad()

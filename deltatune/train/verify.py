@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -150,9 +150,7 @@ def probe(job: Job, rows: int = 2, tokens: int = 256) -> Batch:
 
 def cut(row: Encoded, tokens: int) -> Encoded:
     labels = None if row.labels is None else row.labels[:tokens]
-    return Encoded(
-        row.ids[:tokens], labels, row.target, row.type_ids and row.type_ids[:tokens], 0, row.where, row.decoder
-    )
+    return replace(row, ids=row.ids[:tokens], labels=labels, type_ids=row.type_ids and row.type_ids[:tokens], mask_at=0)
 
 
 def logits(model: Any, batch: Batch) -> Tensor:
@@ -160,6 +158,8 @@ def logits(model: Any, batch: Batch) -> Tensor:
     extra = {}
     if model.config.is_encoder_decoder and batch.labels.dim() == 2 and not batch.labels.is_floating_point():
         extra["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+    if model.config.is_encoder_decoder and batch.choices is not None:
+        extra["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch.choices[:, 0])
     out = run(model, batch, **extra).logits.float()
     mask = batch.inputs.get("attention_mask")
     return out * mask[..., None] if mask is not None and out.dim() == 3 and out.shape[:2] == mask.shape else out
@@ -224,7 +224,7 @@ def moved(job: Job, batch: Batch, name: str) -> Batch:
     ids = batch.inputs["input_ids"].clone()
     for old, new in zip(virtual_ids(job.model, job.adapter), virtual_ids(job.model, name), strict=True):
         ids[batch.inputs["input_ids"] == old] = new
-    return Batch({**batch.inputs, "input_ids": ids}, batch.labels, batch.lens, batch.mask_at, batch.where)
+    return replace(batch, inputs={**batch.inputs, "input_ids": ids})
 
 
 @torch.no_grad()

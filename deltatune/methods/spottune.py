@@ -1,0 +1,75 @@
+"""SpotTune (Guo et al. 2018, arXiv:1811.08737): x_l = I F_hat(x) + (1 - I) F(x), a policy chooses I per example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..core.delta import Delta, Refusal, overrides
+from ..core.registry import finite, method, whole
+from ..core.routing import Block, Now, Policy, Routed, copies_of_blocks, reads_ahead, watched
+from ..core.site import Site, block_of, embedding, layers
+from .freeze import Full
+from .lora import LoRA
+
+LEVELS = ("block", "delta")
+SMALL: dict[str, Any] = {"of": [{"lora": {"r": 2}}], "pool": 3, "hidden": 4}
+
+
+@method("spottune", paper="1811.08737", kind="adapter", lr=1e-3, tiny={"": SMALL, "spottune-full": SMALL | {"of": []}})
+@dataclass(frozen=True)
+class SpotTune:
+    """A policy network decides, for each sequence and block, whether the block runs frozen or changed by `of`.
+
+    of: methods inside the blocks; [] or full: a trainable copy of every block, the paper's form. level "block" is the
+    paper's policy gradient <dL/dx_l, F'(x) - F(x)>; "delta" gates each delta separately: the same forward pass, one run
+    of the block, but ANOTHER policy gradient. pool: the first n tokens decide; left out, all of an encoder's and the
+    first 16 of a causal model's. sample: draw decisions in evaluation too, as the paper's code does; else argmax.
+    Parameters: those of `of`, and d hidden + hidden + 2 blocks (hidden + 1). policy_ratio: their learning rate.
+    """
+
+    of: tuple[Any, ...] = field(default=(LoRA(),), metadata={"methods": True})
+    level: str = "block"
+    temperature: float = 5.0
+    hidden: int = 64
+    pool: int | None = None
+    sample: bool = False
+    policy_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.level not in LEVELS:
+            raise ValueError(f"SpotTune level {self.level!r}: choose from {', '.join(LEVELS)}")
+        finite("SpotTune temperature", self.temperature, above=0)
+        finite("SpotTune policy_ratio", self.policy_ratio, above=0)
+        whole("SpotTune hidden", self.hidden)
+        whole("SpotTune pool", 1 if self.pool is None else self.pool)
+
+    def deltas(self, model: Any) -> Iterator[tuple[Site, Delta]]:
+        blocks = list(dict.fromkeys(b for name, _ in layers(model) if (b := block_of(name + "."))))
+        now, first = Now(), self.pool if self.pool or reads_ahead(model) else 16
+        name = embedding(model)
+        yield watched(model, now)
+        yield Site(name, name), Policy(model.get_submodule(name), blocks, now, first, self)
+        full = not self.of or any(isinstance(m, Full) for m in self.of)
+        for site, delta in copies_of_blocks(model) if full else (p for m in self.of for p in m.deltas(model)):
+            self.check(site, delta)
+            index = blocks.index(block_of(site.write) or "")
+            yield site, Routed(delta, now, index, self.level == "delta")
+        for index, block in enumerate(blocks if self.level == "block" else ()):
+            yield Site(block, block), Block(now, index)
+
+    def check(self, site: Site, delta: Delta) -> None:
+        """Refusal for a delta that sequences of one batch cannot hear or not hear one by one."""
+        if delta.inplace or overrides(delta, "attend") or not block_of(site.write):
+            raise Refusal(
+                "SpotTune lets single sequences through a changed block, so the change must act on activations in it.",
+                found=f"{type(delta).__name__} at {site.write}",
+                instead="of: lora, ia3, adapter, diffprune, ..., or of: full",
+            )
+
+    def report(self, model: nn.Module, deltas: Sequence[Delta]) -> dict[str, Any]:
+        """The share of sequences that ran each block changed, since the run's end."""
+        return next(d.shares() for d in deltas if isinstance(d, Policy))

@@ -1,0 +1,209 @@
+"""Choice: answers of any length ranked by log p(y | x) / |y|, with the losses of T-Few (arXiv:2205.05638)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import BaseModelOutput
+
+from ..core.delta import Refusal
+from ..data.batch import Batch
+from ..data.encode import IGNORE, Encoded, Encoding, edges, label_names, target
+from ..data.example import Example
+from ..data.problems import BadRow
+from ..prompting.template import Filler
+from .classify import refuse_mixed, spelled
+from .cloze import parsed
+from .common import exact, kept_logits, kind_of, language_class, load, needs_words
+
+SMALLEST = 1e-6  # 1 - p below this counts as this: a certain wrong answer has a finite loss
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The answer of each row is one of its choices: the column `choices`, or `labels`, {class: answer text}.
+
+    Loss of a row: L_LM + unlikelihood * L_UL + length_normalised * L_LN (equations 3 and 4); both 0 leave plain
+    likelihood. rank "mean" predicts the answer with the highest log-probability per token, "sum" the highest in all.
+    template: {fields} of the row, the answer at its <mask>, at the end. Causal and encoder-decoder models.
+    """
+
+    template: str = "{text} <mask>"
+    labels: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    unlikelihood: float = 1.0
+    length_normalised: float = 1.0
+    rank: str = "mean"
+    seq2seq: bool | None = field(default=None, metadata={"internal": True})  # set by `bind`
+
+    name = "choice"
+    packs = False
+    task_head = False
+
+    def __post_init__(self) -> None:
+        pairs = self.labels.items() if isinstance(self.labels, Mapping) else self.labels
+        object.__setattr__(self, "labels", tuple((str(k), str(v)) for k, v in pairs))
+        if self.rank not in ("mean", "sum"):
+            raise ValueError(f"choice rank {self.rank!r}: choose from mean, sum")
+        for name in ("unlikelihood", "length_normalised"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not 0 <= value < float("inf"):
+                raise ValueError(f"choice {name} must be a finite number >= 0, got {value!r}")
+        if parsed(self.template).text.split("<mask>")[1].strip(" ."):
+            raise ValueError(f"template {self.template!r}: the answer stands at the end, nothing may follow <mask>")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.labels)  # type: ignore[str-unpack]
+
+    def fit(self, examples: Sequence[Example]) -> Choice:
+        """Rows without choices of their own: without answer texts, the class names themselves are the answers."""
+        wrong = next((e.where for e in examples if e.label is None or isinstance(e.label, tuple)), None)
+        if wrong:
+            raise ValueError(f"{wrong}: choice needs one label in every row (columns text and label)")
+        own = sum("choices" in e.extra for e in examples)
+        if own not in (0, len(examples)):
+            where = next(e.where for e in examples if "choices" not in e.extra)
+            raise ValueError(f"{where}: the row has no choices, {own} other rows do")
+        if own or self.labels:
+            return self
+        refuse_mixed(examples)
+        names = label_names(examples)
+        if len(names) < 2:
+            raise ValueError(f"choice needs two classes or more, the training set has {', '.join(names) or 'scores'}")
+        return replace(self, labels=tuple((n, n) for n in names))
+
+    def load(self, path: Any, config: Any, **options: Any) -> Any:
+        """The model with the head this objective needs, its weights from `path`."""
+        auto = language_class(config)
+        if auto == "AutoModelForMaskedLM":
+            raise masked(config)
+        return load(auto, path, **options)
+
+    def check(self, model: Any) -> None:
+        """Refusal for a model that does not predict the next token."""
+        if kind_of(model) == "masked":
+            raise masked(model.config)
+        needs_words(model, self.name)
+
+    def bind(self, tokenizer: Any, kind: str) -> Choice:
+        return replace(self, seq2seq=kind == "seq2seq")
+
+    def encode(self, example: Example, tokenizer: Any, encoding: Encoding) -> list[Encoded]:
+        """The filled template, its choices as tokens (each with the end-of-sequence token), and the right one."""
+        texts, right = self.choices(example)
+        ends = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        lead = "" if self.seq2seq else " "
+        found = tuple((*tokenizer(lead + t, add_special_tokens=False)["input_ids"], *ends) for t in texts)
+        if empty := [t for t, ids in zip(texts, found, strict=True) if len(ids) == len(ends)]:
+            raise BadRow("data_type", example.where, "choices", f"{empty[0]!r} has no tokens", "Write an answer")
+        after = edges(tokenizer)[1] if self.seq2seq else []
+        longest = len(after) if self.seq2seq else max(map(len, found))
+        room = None if encoding.max_length is None else encoding.max_length - longest
+        ids = Filler(tokenizer, False, room, encoding.prompt_ids)(parsed(self.template), example).ids
+        return [Encoded((*ids, *after), None, right, where=example.where, choices=found)]
+
+    def choices(self, example: Example) -> tuple[tuple[str, ...], int]:
+        """(answer texts, the right one's index); BadRow for fewer than two, repeated ones, or a label that is none."""
+        given = example.extra.get("choices")
+        if given is None:
+            return tuple(t for _, t in self.labels), int(target(example.label, self.classes, example.where))  # type: ignore
+        texts = tuple(given) if isinstance(given, list | tuple) else ()
+        if len(texts) < 2 or not all(isinstance(t, str) and t.strip() for t in texts) or len(set(texts)) < len(texts):
+            fix = "Write two or more different texts"
+            raise BadRow("data_type", example.where, "choices", f"no list of answers: {given!r}"[:200], fix)
+        label = example.label
+        index = texts.index(label) if label in texts else label
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(texts):
+            fix = f"Write one of them, or a number from 0 to {len(texts) - 1}"
+            raise BadRow("unknown_label", example.where, "label", f"{label!r} is none of the choices", fix)
+        return texts, index
+
+    def scores(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(log-probability of every token [rows, choices, longest], which of them are real)."""
+        assert batch.choices is not None, "Choice.bind must come before the first batch"
+        logits = (decoded if self.seq2seq else continued)(model, batch)
+        real = batch.choices != IGNORE
+        each = exact(logits).log_softmax(-1).gather(-1, batch.choices.clamp(min=0)[..., None]).squeeze(-1)
+        return each.masked_fill(~real, 0.0), real
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """(sum over the rows, metrics)."""
+        each, real = self.scores(model, batch)
+        total = t_few(each, real, batch.labels, (self.unlikelihood, self.length_normalised))
+        return total, {"accuracy": float((self.best(each, real) == batch.labels).float().mean())}
+
+    def best(self, each: Tensor, real: Tensor) -> Tensor:
+        value = means(each, real) if self.rank == "mean" else each.sum(-1).masked_fill(~real.any(-1), -torch.inf)
+        return value.argmax(-1)
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, batch: Batch) -> list[str]:
+        """A class name for each row, or the number of its choice."""
+        found = self.best(*self.scores(model, batch)).tolist()
+        return [self.classes[i] if self.labels else str(i) for i in found]
+
+    def reference(self, example: Example) -> str:
+        """The row's label as `predict` spells it."""
+        return str(self.choices(example)[1]) if "choices" in example.extra else spelled(example.label)
+
+
+def means(each: Tensor, real: Tensor) -> Tensor:
+    """beta(x, y) = sum_t log p(y_t) / T, [rows, choices]; minus infinity where a row has no such choice."""
+    return (each.sum(-1) / real.sum(-1).clamp(min=1)).masked_fill(~real.any(-1), -torch.inf)
+
+
+def t_few(each: Tensor, real: Tensor, right: Tensor, weights: tuple[float, float]) -> Tensor:
+    """L_LM + a L_UL + b L_LN, summed over the rows. each, real [rows, choices, tokens], right [rows]."""
+    beta, rows = means(each, real), torch.arange(len(right), device=right.device)
+    wrong = real.clone()
+    wrong[rows, right] = False
+    missed = (-torch.expm1(each)).clamp(min=SMALLEST).log() * wrong
+    unlikely = -missed.sum((1, 2)) / wrong.sum((1, 2)).clamp(min=1)
+    return (-beta[rows, right] + weights[0] * unlikely).sum() + weights[1] * F.cross_entropy(
+        beta, right, reduction="sum"
+    )
+
+
+def continued(model: Any, batch: Batch) -> Tensor:
+    """A causal model's logits at every token of every choice [rows, choices, longest, vocab]."""
+    assert batch.choices is not None
+    ids, answers = batch.inputs["input_ids"], batch.choices
+    (rows, count, longest), starts = answers.shape, batch.inputs["attention_mask"].sum(1)
+    whole = F.pad(ids, (0, longest))[:, None].repeat(1, count, 1)
+    steps = torch.arange(longest, device=ids.device)
+    places = (starts[:, None] + steps)[:, None].expand(rows, count, longest)
+    whole = whole.scatter(2, places, answers.clamp(min=0)).flatten(0, 1)
+    ends = (starts[:, None] + (answers != IGNORE).sum(-1)).flatten()
+    mask = (torch.arange(whole.shape[1], device=ids.device) < ends[:, None]).long()
+    keep = torch.arange(int(starts.min()) - 1, int(starts.max()) + longest - 1, device=ids.device)
+    inputs = Batch({"input_ids": whole, "attention_mask": mask}, batch.labels)
+    logits = kept_logits(model, inputs, keep)
+    at = (places - 1 - keep[0]).flatten(0, 1)
+    return logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1])).unflatten(0, (rows, count))
+
+
+def decoded(model: Any, batch: Batch) -> Tensor:
+    """An encoder-decoder's: the input is encoded once for all its choices."""
+    assert batch.choices is not None
+    count = batch.choices.shape[1]
+    hidden = model.get_encoder()(**batch.inputs)[0].repeat_interleave(count, 0)
+    start = model.prepare_decoder_input_ids_from_labels(labels=batch.choices.flatten(0, 1))
+    mask = batch.inputs["attention_mask"].repeat_interleave(count, 0)
+    out = model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask, decoder_input_ids=start,
+        use_cache=False,
+    )  # fmt: skip
+    return out.logits.unflatten(0, (-1, count))
+
+
+def masked(config: Any) -> Refusal:
+    return Refusal(
+        "choice scores answers token by token, which a masked language model does not.",
+        found=f"model type {config.model_type}",
+        instead="the objective cloze or classify, or a causal or encoder-decoder model",
+    )

@@ -1,0 +1,173 @@
+"""Choice against T-Few's equations in float64, on causal and encoder-decoder models; malformed rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import tiny_tokenizers as tt
+from deltatune.core.delta import Refusal
+from deltatune.data.batch import pad
+from deltatune.data.encode import Encoding
+from deltatune.data.example import Example
+from deltatune.data.problems import BadRow
+from deltatune.objectives import Choice, build, record
+from models import tiny
+
+WORDS = "good fine nice bad poor sad it was the film a plot great terrible very [MASK]"
+LABELS = {"pos": "very good", "neg": "bad", "mid": "it was a plot"}
+
+
+def setting(family: str, **fields):
+    tokenizer = tt.t5_like(WORDS) if family == "t5" else tt.byte_level(tt.CHATML)
+    model = tiny(family, vocab_size=len(tokenizer), dtype=torch.float64, max_position_embeddings=256) \
+        if family != "t5" else tiny("t5", vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1,
+                                    dtype=torch.float64)  # fmt: skip
+    goal = Choice(template="{text} : <mask>", labels=LABELS, **fields).bind(
+        tokenizer, "seq2seq" if family == "t5" else "causal"
+    )
+    return model, tokenizer, goal
+
+
+ROWS = [Example("f:1", text="the film was good", label="pos"), Example("f:2", text="sad", label="mid")]
+
+
+def batch_of(goal, tokenizer, rows=ROWS):
+    return pad([e for row in rows for e in goal.encode(row, tokenizer, Encoding())], 0)
+
+
+def token_logp(model, family, encoded) -> list[np.ndarray]:
+    """log p of each token of each choice of one row, one choice after another, nothing padded."""
+    found = []
+    for ids in encoded.choices:
+        answer = torch.tensor([ids])
+        if family == "t5":
+            out = model(input_ids=torch.tensor([encoded.ids]), labels=answer).logits[0]
+        else:
+            whole = torch.tensor([[*encoded.ids, *ids]])
+            out = model(input_ids=whole).logits[0, len(encoded.ids) - 1 : -1]
+        found.append(out.log_softmax(-1).gather(1, answer[0][:, None]).squeeze(1).detach().numpy())
+    return found
+
+
+def t_few_by_hand(logp: list[np.ndarray], right: int) -> tuple[float, float, float]:
+    lm = -logp[right].mean()
+    wrong = [x for i, x in enumerate(logp) if i != right]
+    ul = -sum(np.log(1 - np.exp(x)).sum() for x in wrong) / sum(len(x) for x in wrong)
+    beta = np.exp([x.mean() for x in logp])
+    return lm, ul, -np.log(beta[right] / beta.sum())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.5, 2.0), (0.0, 0.0)], ids=str)
+def test_the_losses_are_t_fews(family, weights):
+    model, tokenizer, goal = setting(family, unlikelihood=weights[0], length_normalised=weights[1])
+    expected = 0.0
+    for row in ROWS:
+        (encoded,) = goal.encode(row, tokenizer, Encoding())
+        lm, ul, ln = t_few_by_hand(token_logp(model, family, encoded), encoded.target)
+        expected += lm + weights[0] * ul + weights[1] * ln
+    loss, said = goal.loss(model, batch_of(goal, tokenizer))
+    assert loss.item() == pytest.approx(expected, rel=1e-9)
+    assert set(said) == {"accuracy"}
+    assert batch_of(goal, tokenizer).targets == 2
+
+
+def test_the_gradient_reaches_every_choice():
+    """d L / d logits of each choice, against the equations differentiated by torch without any padding."""
+    model, tokenizer, goal = setting("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    (ours,) = torch.autograd.grad(goal.loss(model, batch_of(goal, tokenizer))[0], weight)
+    total = 0.0
+    for row in ROWS:
+        (e,) = goal.encode(row, tokenizer, Encoding())
+        logp = []
+        for ids in e.choices:
+            out = model(input_ids=torch.tensor([[*e.ids, *ids]])).logits[0, len(e.ids) - 1 : -1]
+            logp.append(out.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1))
+        beta = torch.stack([x.mean() for x in logp])
+        wrong = [x for i, x in enumerate(logp) if i != e.target]
+        ul = -sum(torch.log(1 - x.exp()).sum() for x in wrong) / sum(len(x) for x in wrong)
+        total = total - beta[e.target] + ul - beta.log_softmax(0)[e.target]
+    (theirs,) = torch.autograd.grad(total, weight)
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+@pytest.mark.parametrize("rank", ["mean", "sum"])
+def test_the_best_choice_is_predicted(family, rank):
+    model, tokenizer, goal = setting(family, rank=rank)
+    names = list(LABELS)
+    for row in ROWS:
+        (encoded,) = goal.encode(row, tokenizer, Encoding())
+        logp = token_logp(model, family, encoded)
+        value = [x.mean() if rank == "mean" else x.sum() for x in logp]
+        assert goal.predict(model, batch_of(goal, tokenizer, [row])) == [names[int(np.argmax(value))]]
+
+
+def own(choices, label) -> Example:
+    return Example("f:7", text="the film", label=label, extra={"choices": choices})
+
+
+def test_rows_bring_their_own_choices():
+    model, tokenizer, _ = setting("llama")
+    goal = Choice(template="{text} <mask>").fit([own(["good", "bad"], 1)]).bind(tokenizer, "causal")
+    rows = [own(["good", "very bad"], 1), own(["a", "plot", "nice"], "nice")]
+    batch = batch_of(goal, tokenizer, rows)
+    assert batch.choices.shape[:2] == (2, 3)
+    assert batch.labels.tolist() == [1, 2]
+    assert all(said in ("0", "1", "2") for said in goal.predict(model, batch))
+    assert goal.predict(model, batch)[0] != "2"  # the first row has two choices
+    assert [goal.reference(r) for r in rows] == ["1", "2"]
+    alone = sum(goal.loss(model, batch_of(goal, tokenizer, [r]))[0] for r in rows)
+    torch.testing.assert_close(goal.loss(model, batch)[0], alone, rtol=1e-10, atol=0)
+
+
+MALFORMED = [
+    (["good"], 0, "no list of answers"),
+    ("good", 0, "no list of answers: 'good'"),
+    (["good", ""], 0, "no list of answers"),
+    (["good", "good"], 0, "no list of answers"),
+    (["good", 3], 0, "no list of answers"),
+    (["good", "bad"], 2, "2 is none of the choices"),
+    (["good", "bad"], "ugly", "'ugly' is none of the choices"),
+    (["good", "bad"], 0.5, "0.5 is none of the choices"),
+]
+
+
+@pytest.mark.parametrize(("choices", "label", "said"), MALFORMED)
+def test_a_malformed_row_is_an_error_with_its_line(choices, label, said):
+    _, tokenizer, goal = setting("llama")
+    with pytest.raises(BadRow, match=said) as caught:
+        goal.encode(own(choices, label), tokenizer, Encoding())
+    assert "f:7" in str(caught.value)
+
+
+MISTAKES = [
+    ({"rank": "max"}, "choice rank 'max': choose from mean, sum"),
+    ({"unlikelihood": -1}, "choice unlikelihood must be a finite number >= 0, got -1"),
+    ({"length_normalised": float("inf")}, "length_normalised must be .* got inf"),
+    ({"template": "{text}"}, "needs exactly one <mask>"),
+    ({"template": "<mask> {text}"}, "nothing may follow <mask>"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), MISTAKES)
+def test_a_wrong_value_is_an_error(fields, said):
+    with pytest.raises(ValueError, match=said):
+        Choice(**fields)
+
+
+def test_rows_with_and_without_choices_do_not_mix():
+    with pytest.raises(ValueError, match="f:1: the row has no choices, 1 other rows do"):
+        Choice().fit([ROWS[0], own(["a", "b"], 0)])
+    with pytest.raises(Refusal, match="a masked language model does not"):
+        Choice().check(tiny("bert"))
+
+
+def test_it_is_recorded_as_it_is_given():
+    block = {"choice": {"template": "{text} <mask>", "labels": LABELS, "unlikelihood": 1.0,
+                        "length_normalised": 1.0, "rank": "mean"}}  # fmt: skip
+    assert record(build(block)) == block
+    assert Choice().fit(ROWS).classes == ("mid", "pos")

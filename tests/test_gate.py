@@ -1,0 +1,107 @@
+"""UniPELT's gates: their equation in float64, prefixes, padding, causality; a hybrid is configuration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conformance import logits
+from deltatune import IA3, Adapter, BitFit, LoRA, Prefix, Prompt, attach
+from deltatune.core.attach import parameters
+from deltatune.core.delta import Refusal
+from deltatune.core.slot import deltas
+from deltatune.methods import METHODS, build
+from models import inputs, tiny
+
+Gate = METHODS["gate"].cls
+LAYER = "bert.encoder.layer.0.output.dense"
+
+
+def stirred(family: str, *of, **fields):
+    model = attach(tiny(family), Gate(of=of, **fields)).double()
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in parameters(model, "default").values():
+            p.add_(0.3 * torch.randn(p.shape, generator=g, dtype=torch.float64))
+    return model
+
+
+def x_of(width: int, seed: int = 5) -> torch.Tensor:
+    return torch.randn(2, 5, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("per", ["token", "sequence"])
+def test_a_gate_multiplies_the_change(per):
+    model = stirred("bert", LoRA(r=3, alpha=6, targets=(LAYER,)), per=per)
+    layer, x = model.get_submodule(LAYER), x_of(48)
+    (delta,) = (d for d in deltas(model) if hasattr(d, "gate"))
+    g = 1 / (1 + torch.exp(-(x @ delta.gate.weight.T + delta.gate.bias)))
+    g = g if per == "token" else g.mean(1, keepdim=True)
+    low = 2.0 * x @ delta.inner.lora_A.T @ delta.inner.lora_B.T
+    expected = x @ layer.weight.T + layer.bias + g * low
+    ours = layer(x)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+    chosen = list(delta.parameters())
+    for mine, theirs in zip(
+        torch.autograd.grad(ours.sin().sum(), chosen), torch.autograd.grad(expected.sin().sum(), chosen), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+        assert mine.abs().max() > 1e-6
+
+
+def test_a_gated_input_change():
+    model = stirred("bert", IA3(outputs=(), inputs=(LAYER,)), per="token")
+    layer, x = model.get_submodule(LAYER), x_of(48)
+    (delta,) = (d for d in deltas(model) if hasattr(d, "gate"))
+    g = torch.sigmoid(delta.gate(x))
+    expected = (x + g * (x * delta.inner.ia3_l - x)) @ layer.weight.T + layer.bias
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-10)
+
+
+def test_a_gated_prefix_has_scaled_keys_and_values():
+    model = stirred("bert", Prefix(3))
+    attention, x = model.bert.encoder.layer[0].attention.self, x_of(32)
+    (delta,) = attention.delta_slot.of("default")
+    g = torch.sigmoid(delta.gate(x)).mean(1).view(2, 1, 1, 1)
+    q, k, v = (m(x).view(2, 5, 4, 8).transpose(1, 2) for m in (attention.query, attention.key, attention.value))
+    k, v = torch.cat([g * delta.inner.k, k], 2), torch.cat([g * delta.inner.v, v], 2)
+    expected = (torch.softmax(q @ k.transpose(2, 3) / 8**0.5, -1) @ v).transpose(1, 2).reshape(2, 5, 32)
+    torch.testing.assert_close(attention(x)[0], expected, rtol=0, atol=1e-9)
+
+
+def test_padding_moves_no_gate():
+    model = stirred("bert", LoRA(r=2), Prefix(2))
+    given = {k: v for k, v in inputs(model).items() if k != "labels"}
+    live = logits(model, given)
+    padded = {
+        "input_ids": torch.nn.functional.pad(given["input_ids"], (0, 4), value=9),
+        "attention_mask": torch.nn.functional.pad(given["attention_mask"], (0, 4)),
+    }
+    torch.testing.assert_close(logits(model, padded)[:, :7], live, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_no_gate_reads_what_is_predicted(family):
+    model = stirred(family, LoRA(r=2), Prefix(2), pool=3)
+    given = inputs(model)
+    live = logits(model, given)
+    key = "decoder_input_ids" if family == "t5" else "input_ids"
+    given[key][:, 5:] = 11
+    torch.testing.assert_close(logits(model, given)[:, :5], live[:, :5], rtol=0, atol=1e-10)
+
+
+def test_unipelt_is_configuration():
+    (method,) = build("unipelt")
+    assert [type(m) for m in method.of] == [LoRA, Prefix, Adapter]
+    model = attach(tiny("bert"), method)
+    assert sum("gate.weight" in k for k in parameters(model, "default")) == 4 + 2 + 2
+
+
+def test_what_cannot_be_gated_is_refused():
+    for method, said in ((BitFit(), "InPlace"), (Prompt(2), "Rows")):
+        with pytest.raises(Refusal, match=said):
+            attach(tiny("bert"), Gate(of=(method,)))
+    with pytest.raises(ValueError, match="Gate per 'layer': choose from sequence, token"):
+        Gate(per="layer")
+    with pytest.raises(ValueError, match=r"Gate of: \[\] gates nothing"):
+        Gate(of=())

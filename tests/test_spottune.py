@@ -1,0 +1,269 @@
+"""SpotTune: forward and policy gradient in float64, one decision per sequence, statistics; gated deltas separately."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from conformance import logits
+from deltatune import BitFit, LoRA, Prefix, attach, detach, load, rows, save
+from deltatune.core.attach import packing, parameters
+from deltatune.core.attention import packed, positions
+from deltatune.core.delta import Refusal
+from deltatune.core.routing import Block, Policy, Routed
+from deltatune.core.slot import deltas
+from deltatune.methods import METHODS
+from models import inputs, tiny
+
+SpotTune = METHODS["spottune"].cls
+
+
+def stirred(family: str, method, seed: int = 0, size: float = 0.3):
+    model = tiny(family, dtype=torch.float64)
+    torch.manual_seed(seed)
+    attach(model, method)
+    model.double()
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in parameters(model, "default").values():
+            p.add_(size * torch.randn(p.shape, generator=g, dtype=torch.float64))
+    return model
+
+
+def policy_of(model) -> Policy:
+    return next(d for d in deltas(model) if isinstance(d, Policy))
+
+
+def decide(model, hard: list[list[bool]]):
+    """Fix the policy's decisions; `soft` is a leaf whose gradient is the policy gradient."""
+    policy = policy_of(model)
+    soft = torch.full((len(hard), len(hard[0])), 0.5, dtype=torch.float64, requires_grad=True)
+
+    def fixed(x):
+        policy.now.hard, policy.now.soft = torch.tensor(hard), soft if torch.is_grad_enabled() else None
+
+    policy.decide = fixed
+    return soft
+
+
+DECISIONS = [[True, False], [False, True], [True, True]]
+
+
+def reference(model, hard):
+    """x_l = I F'(x) + (1 - I) F(x) with both blocks written out, I a float64 leaf: (logits, I)."""
+    choice = torch.tensor(hard, dtype=torch.float64, requires_grad=True)
+    plain = copy.deepcopy(model)
+    detach(plain, "default")
+    changed = {i: copy.deepcopy(model.model.layers[i]) for i in range(2)}
+    for i, block in changed.items():  # every sequence through the changed block
+        for module in block.modules():
+            if isinstance(module, Routed):
+                module.heard = lambda y, new: new
+        for hooks in (block._forward_hooks, block._forward_pre_hooks):
+            hooks.clear()
+        frozen = plain.model.layers[i]
+        forward = frozen.forward
+
+        def both(x, *args, i=i, block=block, forward=forward, **kwargs):
+            share = choice[:, i, None, None]
+            kwargs = {k: v for k, v in kwargs.items() if k != "past_key_values"}
+            return share * block.forward(x, *args, **kwargs) + (1 - share) * forward(x, *args, **kwargs)
+
+        frozen.forward = both
+    return plain, choice
+
+
+@pytest.mark.parametrize("of", [(LoRA(r=2),), ()], ids=["lora", "full"])
+def test_the_blocks_forward_and_policy_gradient_are_the_papers(of):
+    model = stirred("llama", SpotTune(of=of, hidden=5))
+    given = inputs(model, rows=3)
+    soft = decide(model, DECISIONS)
+    out = model(**given)
+    out.loss.backward()
+    plain, choice = reference(model, DECISIONS)
+    expected = plain(**given)
+    expected.loss.backward()
+    torch.testing.assert_close(out.logits, expected.logits, rtol=0, atol=1e-10)
+    torch.testing.assert_close(soft.grad, choice.grad, rtol=0, atol=1e-10)
+    assert soft.grad.abs().min() > 1e-6
+
+
+def test_a_trained_deltas_gradient_comes_from_the_sequences_routed_to_it():
+    model = stirred("llama", SpotTune(of=(LoRA(r=2),), hidden=5))
+    given = inputs(model, rows=3)
+    decide(model, DECISIONS)
+    model(**given).loss.backward()
+    ours = {k: p.grad.clone() for k, p in parameters(model, "default").items() if "lora" in k}
+    plain, _ = reference(model, DECISIONS)
+    blocks = [plain.model.layers[i].forward.__kwdefaults__ for i in range(2)]
+    held = {f"model.layers.{i}.{k}": p for i, d in enumerate(blocks) for k, p in named(d["block"])}
+    plain(**given).loss.backward()
+    assert len(held) == len(ours)
+    for (_, mine), (_, theirs) in zip(sorted(ours.items()), sorted(held.items()), strict=True):
+        torch.testing.assert_close(mine, theirs.grad, rtol=0, atol=1e-10)
+
+
+def named(block):
+    return [
+        (k.replace("delta_slot.default.0.", ""), p)
+        for k, p in block.named_parameters()
+        if "lora" in k and p.requires_grad
+    ]
+
+
+def test_gating_each_delta_is_the_same_forward_and_another_policy_gradient():
+    found = {}
+    for level in ("block", "delta"):
+        model = stirred("llama", SpotTune(of=(LoRA(r=2),), level=level, hidden=5))
+        soft = decide(model, DECISIONS)
+        out = model(**inputs(model, rows=3))
+        out.loss.backward()
+        found[level] = out.logits.detach(), soft.grad
+        assert any(isinstance(d, Block) for d in deltas(model)) == (level == "block")
+    torch.testing.assert_close(found["block"][0], found["delta"][0], rtol=0, atol=1e-12)
+    assert (found["block"][1] - found["delta"][1]).abs().max() > 1e-3
+
+
+def test_padding_on_either_side_decides_nothing():
+    model = stirred("bert", SpotTune(of=(LoRA(r=2),), hidden=5))
+    policy, seen = policy_of(model), []
+    policy.decide = lambda x: (seen.append(x), Policy.decide(policy, x))
+    given = inputs(model, rows=1)
+    logits(model, {k: given[k] for k in ("input_ids", "attention_mask")})
+    for side in ((3, 0), (0, 3)):
+        ids = torch.nn.functional.pad(given["input_ids"], side, value=9)
+        mask = torch.nn.functional.pad(given["attention_mask"], side, value=0)
+        places = torch.cat([torch.zeros(side[0]), torch.arange(7), torch.zeros(side[1])]).long()[None]
+        logits(model, {"input_ids": ids, "attention_mask": mask, "position_ids": places})
+    for x in seen[1:]:
+        torch.testing.assert_close(x, seen[0], rtol=0, atol=1e-12)
+
+
+def test_gumbel_softmax_draws_in_training_and_not_in_evaluation():
+    model = stirred("llama", SpotTune(of=(LoRA(r=2),), hidden=5))
+    policy, x = policy_of(model), torch.zeros(4000, 32, dtype=torch.float64)
+    with torch.no_grad():
+        policy.up.bias.copy_(torch.tensor([0.0, 1.0, 0.0, -1.0]))
+        policy.down.bias.zero_()
+    policy.decide(x)
+    assert policy.now.hard[:, 0].all()
+    assert not policy.now.hard[:, 1].any()
+    expected = torch.softmax(torch.tensor([0.0, 1.0]) / 5, 0)[1].item()
+    assert policy.now.soft[0, 0].item() == pytest.approx(expected)
+    model.train()
+    torch.manual_seed(0)
+    policy.decide(x)  # P(tuned) = sigmoid(1), sigmoid(-1), whatever the temperature
+    share = policy.now.hard.double().mean(0).tolist()
+    assert share == pytest.approx([0.731, 0.269], abs=0.025)
+
+
+def test_a_sequence_is_decided_once_and_kept_while_it_is_generated():
+    model = stirred("llama", SpotTune(of=(LoRA(r=2),), hidden=5)).float()
+    policy, seen = policy_of(model), []
+    policy.decide = lambda x: (seen.append(len(x)), Policy.decide(policy, x))
+    given = {k: v for k, v in inputs(model, rows=2).items() if k != "labels"}
+    model.generate(**given, max_new_tokens=5, do_sample=False)
+    assert seen == [2]
+    model.generate(**given, max_new_tokens=5, do_sample=False, num_beams=3)
+    assert seen == [2, 6]
+
+
+def test_a_causal_policy_reads_the_first_tokens_alone():
+    """What a causal model must predict may not choose its blocks."""
+    model = stirred("llama", SpotTune(of=(LoRA(r=2),), hidden=5, pool=3))
+    policy, seen = policy_of(model), []
+    policy.decide = lambda x: (seen.append(x), Policy.decide(policy, x))
+    given = inputs(model, rows=2)
+    logits(model, given)
+    given["input_ids"][:, 3:] = 11
+    logits(model, given)
+    assert torch.equal(*seen)
+    assert policy_of(attach(tiny("llama"), SpotTune())).first == 16
+    assert policy_of(attach(tiny("bert"), SpotTune())).first is None
+
+
+def test_packed_sequences_are_decided_one_by_one():
+    model = stirred("llama", SpotTune(of=(LoRA(r=2),), hidden=5, pool=3)).float()
+    given = inputs(model, rows=2)["input_ids"]
+    decided = policy_of(model).now
+    alone = [logits(model, {"input_ids": row}) for row in (given[:1], given[1:, :5])]
+    packing(model)
+    with packed((7, 5)), torch.no_grad():
+        ids = torch.cat([given[0], given[1, :5]])[None]
+        out = model(input_ids=ids, position_ids=positions(model, (7, 5)), use_cache=False).logits
+    torch.testing.assert_close(out, torch.cat([x[0] for x in alone])[None], rtol=0, atol=2e-5)
+    assert decided.hard.shape == (12, 2)
+
+
+def test_the_copy_starts_as_the_block_and_holds_all_of_it():
+    model = tiny("bert")
+    plain = logits(model, inputs(model))
+    attach(model, SpotTune(of=(), hidden=5))
+    assert torch.equal(logits(model, inputs(model)), plain)
+    copied = sum(p.numel() for k, p in parameters(model, "default").items() if ".copy." in k)
+    assert copied == sum(p.numel() for n, p in tiny("bert").named_parameters() if ".layer." in n)
+
+
+def test_shares_are_reported():
+    model = stirred("llama", SpotTune(of=(LoRA(r=2),), hidden=5))
+    method, policy = SpotTune(), policy_of(model)
+    with torch.no_grad():
+        policy.up.weight.zero_()
+        policy.up.bias.copy_(torch.tensor([0.0, 1.0, 0.0, -1.0]))
+    logits(model, inputs(model, rows=3))
+    said = method.report(model, deltas(model))
+    assert said == {"sequences": 3, "share_tuned": {"model.layers.0": 1.0, "model.layers.1": 0.0}}
+
+
+def test_what_cannot_be_routed_is_refused():
+    for method, said in ((Prefix(2), "KeysValues"), (BitFit(), "InPlace"), (METHODS["prompt"].cls(2), "Rows")):
+        with pytest.raises(Refusal, match=said):
+            attach(tiny("bert"), SpotTune(of=(method,)))
+
+
+def test_a_policy_is_not_trained_through_rows_or_a_filled_cache():
+    model = stirred("llama", SpotTune(of=(LoRA(r=2),), hidden=5))
+    given = inputs(model, rows=2)
+    with rows(model, ["default", None]), pytest.raises(Refusal, match="through rows"):
+        model(**given)
+    past = model(**given, use_cache=True).past_key_values
+    with pytest.raises(Refusal, match="7 cached positions"):
+        model(input_ids=given["input_ids"][:, :1], past_key_values=past)
+
+
+def test_other_sequences_than_the_cached_ones_are_an_error():
+    model = stirred("llama", SpotTune(of=(LoRA(r=2),), hidden=5))
+    with torch.no_grad():
+        past = model(input_ids=inputs(model, rows=2)["input_ids"], use_cache=True).past_key_values
+        model(input_ids=inputs(model, rows=3)["input_ids"])
+        with pytest.raises(ValueError, match="3 sequences were routed"):
+            model(input_ids=torch.tensor([[5], [6]]), past_key_values=past)
+
+
+def test_a_nested_method_is_saved_with_its_fields(tmp_path):
+    model = stirred("llama", SpotTune(of=(LoRA(r=2), METHODS["ia3"].cls()), hidden=5)).float()
+    other = load_into(tiny("llama"), save(model, "default", tmp_path / "a"))
+    given = inputs(model)
+    assert torch.equal(logits(model, given), logits(other, given))
+
+
+def load_into(model, folder):
+    load(model, folder, "default")
+    return model
+
+
+MISTAKES = [
+    ({"level": "layer"}, "SpotTune level 'layer': choose from block, delta"),
+    ({"temperature": 0}, "SpotTune temperature must be a finite number > 0, got 0"),
+    ({"hidden": 0}, "SpotTune hidden must be a whole number >= 1, got 0"),
+    ({"pool": 0}, "SpotTune pool must be a whole number >= 1, got 0"),
+    ({"policy_ratio": float("nan")}, "policy_ratio must be .* got nan"),
+]
+
+
+@pytest.mark.parametrize(("fields", "said"), MISTAKES)
+def test_a_wrong_value_is_an_error_that_shows_it(fields, said):
+    with pytest.raises(ValueError, match=said):
+        SpotTune(**fields)
