@@ -17,7 +17,7 @@ _ROOMS = {
     "deltatune.objectives": ("SFT", "Classify", "Cloze"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
-_METHODS = ("LoRA", "IA3", "Adapter", "Prefix", "Prompt", "BitFit", "Freeze", "Full", "Head", "NewTokens")
+_METHODS = ("LoRA", "IA3", "Adapter", "Prefix", "Prompt", "PTuning", "BitFit", "Freeze", "Full", "Head", "NewTokens")
 
 __all__ = [*_HOME, *_METHODS, "train"]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .encode import IGNORE, Encoded
+from .encode import IGNORE, Encoded, Reading
 from .order import Batching, generator, plan
 from .problems import nearest
 
@@ -27,6 +27,9 @@ class Batch:
     lens: tuple[int, ...] | None = None
     mask_at: Tensor | None = None
     where: tuple[str, ...] = ()
+    reading: tuple[Reading | None, ...] = ()
+    prompts: int = 1  # so many copies of each row side by side, each with a prompt of its own
+    combine: str = "vote"
 
     @property
     def targets(self) -> int:
@@ -55,7 +58,8 @@ def pad(rows: Sequence[Encoded], pad_id: int, side: str = "right") -> Batch:
     }
     if all(row.type_ids is not None for row in rows):
         inputs["token_type_ids"] = filled([row.type_ids or () for row in rows], 0, side)
-    return Batch(inputs, _labels(rows, side), mask_at=_mask_at(rows, side), where=tuple(row.where for row in rows))
+    where, reading = tuple(row.where for row in rows), tuple(row.reading for row in rows)
+    return Batch(inputs, _labels(rows, side), mask_at=_mask_at(rows, side), where=where, reading=reading)
 
 
 def filled(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
@@ -104,3 +108,9 @@ def pack(rows: Sequence[Encoded]) -> Batch:
     }
     labels = torch.tensor([[label for row in rows for label in row.labels or ()]])
     return Batch(inputs, labels, lens, where=tuple(row.where for row in rows))
+
+
+def side_by_side(rows: Sequence[Encoded], sets: Sequence[Sequence[int]]) -> list[Encoded]:
+    """Each row once for every prompt: the ids of the first set replaced by those of the others."""
+    swaps = [dict(zip(sets[0], own, strict=True)) for own in sets] or [{}]
+    return [replace(row, ids=tuple(swap.get(i, i) for i in row.ids)) for row in rows for swap in swaps]
