@@ -14,7 +14,7 @@ _ROOMS = {
     "deltatune.core.combine": ("combine",),
     "deltatune.core.convert": ("extract", "to_lora", "export_lora"),
     "deltatune.core.store": ("save", "load", "virtual_ids", "add_tokens"),
-    "deltatune.objectives": ("SFT", "Classify", "Cloze"),
+    "deltatune.objectives": ("SFT", "Classify", "Cloze", "Tag", "QA"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 _METHODS = ("LoRA", "IA3", "Adapter", "Prefix", "Prompt", "PTuning", "BitFit", "Freeze", "Full", "Head", "NewTokens")

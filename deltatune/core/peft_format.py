@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods._keys_values import KeysValues
+from ..methods._rows import Rows
 from ..methods.freeze import Head
 from ..methods.ia3 import IA3, ScaleInput, ScaleOutput
 from ..methods.lora import LoRA, LowRank
-from ..methods._keys_values import KeysValues
-from ..methods._rows import Rows
 from ..methods.prefix import Prefix
 from ..methods.prompt import Prompt
 from ..methods.ptuning import PTuning

@@ -42,7 +42,7 @@ class Batch:
         """The same batch on another device."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         at = None if self.mask_at is None else self.mask_at.to(device)
-        return Batch(inputs, self.labels.to(device), self.lens, at, self.where)
+        return replace(self, inputs=inputs, labels=self.labels.to(device), mask_at=at)
 
 
 def pad(rows: Sequence[Encoded], pad_id: int, side: str = "right") -> Batch:

@@ -225,7 +225,7 @@ class Encoder:
         return Encoded(ids, None, target(example.label, names, example.where), types, where=example.where)
 
     def fronted(self, found: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None, int]:
-        """(ids, segment ids, position of the first virtual id) with the virtual ids behind the leading special tokens."""
+        """(ids, segment ids, place of the first virtual id): virtual ids stand behind the leading special tokens."""
         front, ids, types = tuple(self.options.prompt_ids), tuple(found["input_ids"]), found.get("token_type_ids")
         special = set(self.tokenizer.all_special_ids)
         lead = next((k for k, i in enumerate(ids) if i not in special), 0) if front else 0

@@ -52,7 +52,9 @@ def answered(example: Example, tokenizer: Any, options: Encoding) -> Encoded:
     found = coder.around(example, "only_second", return_offsets_mapping=True)
     ids, types, lead = coder.fronted(found)
     inside = [own == 1 for own in found.sequence_ids()]
-    spans: list[Span | None] = [tuple(s) if own else None for s, own in zip(found["offset_mapping"], inside, strict=True)]
+    spans: list[Span | None] = [
+        tuple(s) if own else None for s, own in zip(found["offset_mapping"], inside, strict=True)
+    ]
     spans[lead:lead] = [None] * len(options.prompt_ids)
     place = position(example, spans)
     reading = Reading(example.text_pair or "", tuple(spans))

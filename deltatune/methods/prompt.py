@@ -89,6 +89,7 @@ class Prompt:
             return looked_up(layer, [self.ids[i % len(self.ids)] for i in range(self.length)])
         return looked_up(layer, [*self.ids, *sampled(layer, self.length - len(self.ids))])
 
+
 def looked_up(layer: nn.Embedding, ids: Sequence[Sequence[int]]) -> Tensor:
     """[len(ids), d]: the mean of each entry's embeddings, through the layer, because some families scale them."""
     device = layer.weight.device

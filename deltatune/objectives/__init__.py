@@ -9,11 +9,13 @@ from typing import Any
 from ..data.problems import nearest
 from .classify import Classify
 from .cloze import Cloze
+from .qa import QA
 from .sft import SFT
+from .tag import Tag
 
-__all__ = ["OBJECTIVES", "SFT", "Classify", "Cloze", "build", "record"]
+__all__ = ["OBJECTIVES", "QA", "SFT", "Classify", "Cloze", "Tag", "build", "record"]
 
-OBJECTIVES: dict[str, type] = {"sft": SFT, "classify": Classify, "cloze": Cloze}
+OBJECTIVES: dict[str, type] = {"sft": SFT, "classify": Classify, "cloze": Cloze, "tag": Tag, "qa": QA}
 
 
 def build(block: Any) -> Any:

@@ -90,13 +90,14 @@ class QA:
         start, end = scores[0, places], scores[1, places]
         n = len(places)
         far = torch.arange(n)[None] - torch.arange(n)[:, None]
-        both = (start[:, None] + end[None]).masked_fill(((far < 0) | (far >= self.longest)).to(start.device), -torch.inf)
+        both = (start[:, None] + end[None]).masked_fill(
+            ((far < 0) | (far >= self.longest)).to(start.device), -torch.inf
+        )
         if not n or (self.unanswerable and scores[:, 0].sum() >= both.max()):
             return ""
         first, last = divmod(int(both.argmax()), n)
-        spans = [reading.spans[places[i]] for i in (first, last)]
-        assert spans[0] and spans[1]
-        return reading.text[spans[0][0] : spans[1][1]].strip()
+        chosen = [span for i in (first, last) if (span := reading.spans[places[i]])]
+        return reading.text[chosen[0][0] : chosen[-1][1]].strip()
 
     def reference(self, example: Example) -> tuple[str, ...]:
         """Every accepted answer; () where there is none."""
