@@ -1,4 +1,4 @@
-"""Soft prompts, prefixes, tagging, question answering and mixed sets as whole tiny jobs, each cut and resumed bitwise."""
+"""Soft prompts, prefixes, tagging, question answering and mixed sets as whole tiny jobs, cut and resumed bitwise."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_run as t
-import tiny_tokenizers as tt
 from deltatune.train.run import evaluate_file, open_adapted, resume, run
-from models import tiny
 
 NAMES, PLACES = ("good", "fine"), ("film", "plot")
 
@@ -152,9 +150,9 @@ def test_a_job_cut_in_the_middle_goes_on_bitwise(made, tmp_path, name):
 def test_tags_and_answers_are_learned(made, tmp_path, name, metric):
     """The words alone say the tag, and the word after 'was' is the answer: both can be learned perfectly."""
     model, rows, over, _ = JOBS[name]
-    settings = {"steps": 120, "batch_rows": 16, "batch_tokens": None, "lr": 2e-2, "schedule": "constant"}
+    settings = {"steps": 60, "batch_rows": 16, "batch_tokens": None, "lr": 1e-2, "schedule": "constant"}
     path = str(made / f"{rows}.jsonl")
     config = t.config(made / model, path, path, **{**over, "train": settings, "method": "full"})
-    config = config.model_copy(update={"train": config.train.model_copy(update={"lr": 5e-3})})
-    result = json.loads((run(config, out=tmp_path / "run").folder / "eval.json").read_text())
+    run(config, out=tmp_path / "run")
+    result = json.loads((tmp_path / "run/eval.json").read_text())
     assert result["after"][metric] > 0.95 > result["before"][metric]

@@ -50,7 +50,7 @@ class QA:
         return replace(self, unanswerable=self.unanswerable or any(not e.extra["answers"] for e in examples))
 
     def load(self, path: Any, config: Any, **options: Any) -> Any:
-        return load("AutoModelForQuestionAnswering", path, **options)
+        return load("AutoModelForQuestionAnswering", path, num_labels=2, **options)
 
     def check(self, model: Any) -> None:
         """Refusal for a model without the two scores of every position."""
