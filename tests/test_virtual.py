@@ -137,11 +137,11 @@ def test_all_prompts_of_a_row_share_one_forward_pass_and_one_loss(tmp_path):
     job.model.bert.register_forward_pre_hook(lambda m, args: calls.append(len(args[0])))
     batch = job.batch(job.rows[:4])
     assert (batch.prompts, batch.targets) == (3, 12)
-    loss = float(job.objective.loss(job.model, batch)[0]) / batch.targets
+    loss = float(job.objective.loss(job.model, batch)[0].detach()) / batch.targets
     assert len(job.objective.predict(job.model, batch)) == 4
     assert calls == [12, 12]
     alone = [
-        float(job.objective.loss(job.model, part)[0]) / 4
+        float(job.objective.loss(job.model, part)[0].detach()) / 4
         for k in range(3)
         for part in [type(batch)({n: x[k::3] for n, x in batch.inputs.items()}, batch.labels[k::3],
                                  mask_at=batch.mask_at[k::3])]
