@@ -106,14 +106,17 @@ JOBS = {
     "template-t5": (
         "t5", "words",
         {"method": {"prompt": {"length": 2}}, "objective": {"sft": {"template": "<soft>{prompt}<soft>"}}}, 1),
+    "prompts-packed": (
+        "chat", "chat",
+        {"method": {"prompt": {"length": 2, "count": 2}}, "train": {"batch_rows": None, "batch_tokens": 400}}, 1),
     "mixed": ("chat", "pair", {"method": {"prompt": {"length": 2}}, "data": {"mix": {"temperature": 0.5}}}, 1),
 }  # fmt: skip
 
 
 def job(made: Path, name: str):
     model, rows, over, _ = JOBS[name]
-    train = {"steps": 5, "save_every": 2, "batch_tokens": None, "batch_rows": 4}
-    found = {"train": train, **over}
+    train = {"steps": 5, "save_every": 2, "batch_tokens": None, "batch_rows": 4, **over.get("train", {})}
+    found = {**over, "train": train}
     path = str(made / f"{rows}.jsonl")
     if "data" in over:
         found["data"] = {**over["data"], "train": [path, str(made / "few.jsonl")]}

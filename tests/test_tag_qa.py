@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import transformers as hf
 
 import tiny_run as t
 import tiny_tokenizers as tt
 from deltatune import QA, Tag
+from deltatune.config import Eval
 from deltatune.data.batch import pad
 from deltatune.data.encode import Encoding, Reading
 from deltatune.data.example import Example
@@ -18,6 +20,7 @@ from deltatune.evaluate.metrics import find
 from deltatune.evaluate.spans import spans
 from deltatune.objectives import build, record
 from deltatune.train.run import evaluate_file, open_adapted, run
+from models import tiny
 
 WORDS = tt.bert_like("was it good very film ann lee in the who")
 LETTERS = tt.byte_level()
@@ -212,3 +215,13 @@ def test_a_row_without_what_is_learned_is_named_by_eval_too(tmp_path):
     other = t.label_rows(tmp_path / "label.jsonl", 4)
     with pytest.raises(ValueError, match=r"label\.jsonl:1: the row has no label .*tokens and tags"):
         evaluate_file(*found, other, config.eval)
+
+
+def test_a_base_that_is_a_tagger_already_names_its_own_tags(tmp_path):
+    model = hf.AutoModelForTokenClassification.from_config(tiny("bert", vocab_size=len(WORDS), num_labels=2).config)
+    model.config.id2label = {0: "O", 1: "B-PER"}
+    folder = t.saved(model, WORDS, tmp_path / "tagger")
+    rows = t.lines(tmp_path / "tag.jsonl", [{"tokens": ["it", "good"], "tags": ["O", "O"]}])
+    opened, tokenizer, found = open_adapted(str(folder), None, {"tag": {}})
+    assert found["objective"]["tag"]["labels"] == ["O", "B-PER"]
+    assert 0 <= evaluate_file(opened, tokenizer, found, rows, Eval())["tag_accuracy"] <= 1

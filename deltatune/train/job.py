@@ -431,8 +431,8 @@ def check_supported(config: Config) -> None:
         "data.streaming is for sft on local files, with their own column names": config.data.streaming
         and (config.goal[0] != "sft" or bool(config.data.columns) or any(r == "-" for r in config.data.train)),
         "data.mix is for several sets: give data.train a list of them": config.data.mix and len(config.data.train) < 2,
-        "data.mix needs every row at hand: it does not go with data.streaming": config.data.mix
-        and config.data.streaming,
+        "data.mix reads every set twice: not with data.streaming or standard input (-)": config.data.mix
+        and (config.data.streaming or "-" in config.data.train),
         "train.compile: on is not in this version; leave it auto (which runs without)": t.compile == "on",
         "train.patience counts evaluations: give train.eval_every too": t.patience and not t.eval_every,
         "train.eval_every needs rows to evaluate: give data.eval": t.eval_every and not config.data.eval,
