@@ -19,7 +19,6 @@ from ..config import Config
 from ..core.attach import activate, attach, attached, each, known, packing, trainable
 from ..core.delta import Given
 from ..core.site import head_modules
-from ..core.store import prompt_sets
 from ..data import formats
 from ..data.batch import Batch, Batching, pack, pad, plan, side_by_side
 from ..data.check import remarks
@@ -35,10 +34,10 @@ from ..methods import build as build_methods
 from ..methods.freeze import Head
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
-from ..prompting.template import Template
 from ..zoo import dtype as best_dtype
 from ..zoo import model_path
 from . import memory
+from .prompts import check_prompts, prompted
 from .sampler import Sampler
 from .streaming import Flow, Source
 
@@ -333,13 +332,6 @@ def settle(job: Job) -> Job:
     return job
 
 
-def prompted(model: nn.Module, name: str) -> dict[str, Any]:
-    """What an Encoding says of adapter `name`'s soft prompts; "" has none."""
-    sets = prompt_sets(model, name) if name else ()
-    combine = [m.combine for m in known(model, name).methods[name] if hasattr(m, "combine")] if name else []
-    return {"prompt_ids": sets[0], "prompt_sets": sets, "combine": combine[0]} if sets else {}
-
-
 def set_sizes(job: Job) -> list[int]:
     """Encoded rows of each set of `data.train`, by the files that their rows name."""
     sizes, at = [], 0
@@ -348,16 +340,6 @@ def set_sizes(job: Job) -> list[int]:
         sizes.append(len(job.encode(job.train[at : at + count])))
         at += count
     return sizes
-
-
-def check_prompts(job: Job) -> None:
-    """ValueError where template and method disagree on the virtual tokens, or answers cannot be averaged."""
-    template, have = getattr(job.objective, "template", None), len(job.encoding.prompt_ids)
-    if template:
-        placed = any(m.method_name == "ptuning" for m in known(job.model, job.adapter).methods[job.adapter])
-        Template(template, gap=job.objective.name == "cloze").demand(have, placed)
-    if len(job.encoding.prompt_sets) > 1 and job.encoding.combine == "average" and job.objective.name == "sft":
-        raise ValueError("combine: average needs scores of classes, and sft generates text: choose combine: vote")
 
 
 def longest(job: Job) -> int:

@@ -17,7 +17,8 @@ from ..evaluate.score import intervals, score
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import model_path
-from .job import Job, measured, model_config, open_model, prompted, read
+from .job import Job, measured, model_config, open_model, read
+from .prompts import prompted
 
 
 def record_of(job: Job) -> dict[str, Any]:
