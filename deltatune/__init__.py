@@ -14,7 +14,7 @@ _ROOMS = {
     "deltatune.core.combine": ("combine",),
     "deltatune.core.convert": ("extract", "to_lora", "export_lora"),
     "deltatune.core.store": ("save", "load", "virtual_ids", "add_tokens"),
-    "deltatune.objectives": ("SFT", "Choice", "Classify", "Cloze"),
+    "deltatune.objectives": ("SFT", "Choice", "Classify", "Cloze", "Tag", "QA"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 _METHODS = (
@@ -25,6 +25,7 @@ _METHODS = (
     "Adapter",
     "Prefix",
     "Prompt",
+    "PTuning",
     "BitFit",
     "Freeze",
     "Full",

@@ -17,7 +17,12 @@ PATH = Path(__file__).parent / "methods" / "index.json"
 
 # What an objective accepts; the same form as a method's entry in the index, which wins when it has "objectives".
 OBJECTIVES: dict[str, dict[str, Any]] = {
-    "sft": {"fields": {"train_on": {"type": 'Literal["assistant", "last", "all"]', "default": "assistant"}}},
+    "sft": {
+        "fields": {
+            "train_on": {"type": 'Literal["assistant", "last", "all"]', "default": "assistant"},
+            "template": {"type": "str | None", "default": None},
+        }
+    },
     "classify": {
         "fields": {
             "kind": {"type": 'Literal["auto", "single", "multi", "regression"]', "default": "auto"},
@@ -30,8 +35,15 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
             "labels": {"type": "dict | list", "default": []},
         }
     },
+    "tag": {"fields": {"labels": {"type": "list | None", "default": None}}},
+    "qa": {
+        "fields": {
+            "longest": {"type": "int", "default": 30},
+            "unanswerable": {"type": "bool", "default": False},
+        }
+    },
 }
-LATER = ("dpo", "kto", "orpo", "ipo", "simpo", "ppo", "grpo", "rloo", "reward", "tag", "qa", "embed", "distil")
+LATER = ("dpo", "kto", "orpo", "ipo", "simpo", "ppo", "grpo", "rloo", "reward", "embed", "distil")
 
 INDEX: ContextVar[Mapping[str, Any] | None] = ContextVar("index", default=None)
 PYTHON = {

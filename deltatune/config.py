@@ -100,6 +100,13 @@ class Model(Section):
     """nf4: 4-bit base weights (needs bitsandbytes); left out: as they are."""
 
 
+class Mix(Section):
+    """Several training sets in one epoch."""
+
+    temperature: Amount
+    """tau of p ~ n^tau, n a set's rows: 1 keeps the sizes, 0 draws all sets alike."""
+
+
 class Data(Section):
     """Where the rows come from."""
 
@@ -113,6 +120,8 @@ class Data(Section):
     """Row format; auto looks at the columns."""
     columns: Annotated[Any, AfterValidator(renamed), Field(json_schema_extra={"type": ["object", "array"]})] = ()
     """{your column: the known name}; a list names the columns of a csv without a header."""
+    mix: Mix | None = None
+    """How often each of several training sets is drawn; left out, every row comes once an epoch."""
     streaming: bool = False
     """Read training rows as they are needed, for files too large to hold (sft; needs train.steps)."""
     packing: Switch = "auto"

@@ -136,6 +136,22 @@ def in_a_block(name: str) -> bool:
     return any(f".{w}.{i}." in f".{name}" for w in ("layers", "h", "block", "layer") for i in (0, 1))
 
 
+def count_prefix(cell: Any, fields: dict[str, Any]) -> int:
+    attention, _, kv, _ = shape(cell)
+    if fields.get("reparam") != "mlp":
+        return attention * 2 * kv * fields["length"]
+    h, stacks = fields["hidden"], 3 if FAMILIES[cell.family].kind == "seq2seq" else 1
+    return stacks * (32 * fields["length"] + (32 + 1) * h) + attention * 2 * kv * (h + 1)
+
+
+def count_ptuning(cell: Any, fields: dict[str, Any]) -> int:
+    """Inputs, then 2 x 2 LSTM directions of d/2 units and two linear layers, or three linear layers."""
+    linear = 32 * 32 + 32
+    lstm = 4 * (4 * 16 * (32 + 16) + 2 * 4 * 16) + 2 * linear
+    inputs = 32 * fields["length"] * fields.get("count", 1)
+    return inputs + (3 * linear if fields.get("encoder") == "mlp" else lstm)
+
+
 COUNTS: dict[str, Callable[[Any, dict], int]] = {
     "lora": count_lora,
     "dora": lambda c, f: count_lora(c, f) + count_rows(c),
@@ -147,8 +163,9 @@ COUNTS: dict[str, Callable[[Any, dict], int]] = {
     "diffprune": count_diffprune,
     "spottune": count_spottune,
     "gate": count_gate,
-    "prefix": lambda c, f: shape(c)[0] * 2 * shape(c)[2] * f["length"],
-    "prompt": lambda c, f: 32 * f["length"],
+    "prefix": count_prefix,
+    "prompt": lambda c, f: 32 * f["length"] * f.get("count", 1),
+    "ptuning": count_ptuning,
     "tokens": lambda c, f: 32 * len(f["ids"]) * (1 if c.original.config.tie_word_embeddings else 2),
     "bitfit": count_named(lambda n, c: n.endswith("bias") and not in_head(n, c)),
     "freeze": count_named(in_last_block),

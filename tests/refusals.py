@@ -15,10 +15,14 @@ UNMERGEABLE = {
     **dict.fromkeys(("parallel", "houlsby", "pfeiffer", "sparse"), "a non-linearity has no equivalent weight"),
     "prefix": "keys and values have no equivalent weight",
     "prefix+head": "keys and values have no equivalent weight",
+    "prefix-mlp": "keys and values have no equivalent weight",
     "prompt": "virtual ids have no row in the embedding",
     "spottune": "which change a sequence gets depends on the sequence",
     "spottune-full": "which change a sequence gets depends on the sequence",
     "gate": "its gates depend on the sequence",
+    "prompts": "virtual ids have no row in the embedding",
+    "ptuning": "virtual ids have no row in the embedding",
+    "ptuning-mlp": "virtual ids have no row in the embedding",
     "mam": "neither part has an equivalent weight",
 }
 
@@ -39,6 +43,8 @@ NO_PEFT_FORM: dict[tuple[str, str], str] = {
 
 # unions that have no peft form although each of their parts has one
 NEVER_PEFT = {
+    "prefix-mlp": "only the folded prefix has a peft form",
+    "prompts": "peft trains one prompt at a time",
     "lora+ia3": "a peft folder holds one method",
     "mam": "a peft folder holds one method",
     "prefix+head": "peft's form of a prefix beside a head is not written yet",

@@ -138,11 +138,11 @@ def test_prefix_positions(offset):
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "gpt2", "bert", "t5", "bart"])
 def test_a_prompt_stands_for_rows_anywhere_in_the_input(family):
-    """Rows that are copies of the words' own embeddings give the words' logits; "vocab" starts as such copies."""
+    """Rows that are copies of the words' own embeddings give the words' logits."""
     model = tiny(family)
     given = inputs(model)
     base = logits(model, given)
-    attach(model, Prompt(97))  # as long as the vocabulary: row i is word i
+    attach(model, Prompt(97, init="text", ids=tuple((i,) for i in range(97))))  # row i is word i
     ids = virtual_ids(model)
     assert ids == tuple(range(97, 194))
     given["input_ids"] = torch.where(torch.arange(7) % 2 == 0, given["input_ids"] + 97, given["input_ids"])
@@ -277,7 +277,7 @@ MISTAKES = [
     (Prefix, {"length": 0}, "Prefix length must be .* got 0"),
     (Prefix, {"length": 2.0}, r"got 2\.0"),
     (Prompt, {"length": -3}, "Prompt length must be .* got -3"),
-    (Prompt, {"init": "vocabulary"}, "Prompt init 'vocabulary': choose from vocab, uniform"),
+    (Prompt, {"init": "vocabulary"}, "Prompt init 'vocabulary': choose from vocab, uniform, text, labels"),
     (Freeze, {"last": -1}, "Freeze last must be a whole number >= 0, got -1"),
     (NewTokens, {"ids": (1.5,)}, r"NewTokens id must be .* got 1\.5"),
     (NewTokens, {"ids": (5, 6, 5)}, "NewTokens id 5 is given 2 times"),

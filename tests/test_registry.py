@@ -50,7 +50,7 @@ def test_what_is_saved_builds_the_same(name):
         ({"adapter": {"form": "serial"}}, "choose from sequential, parallel"),
         ({"adapter": {"where": ["mlp"]}}, "choose from attention, ffn"),
         ({"prefix": {"length": 0}}, "Prefix length must be a whole number >= 1, got 0"),
-        ({"prompt": {"init": "text"}}, "vocab, uniform"),
+        ({"prompt": {"init": "test"}}, "vocab, uniform"),
     ],
 )
 def test_errors(given, said):

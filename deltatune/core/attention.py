@@ -82,7 +82,9 @@ class _Pack:
     read: bool = False
 
 
+Seen = dict[nn.Module, tuple[Tensor, Tensor]]
 _PACK: ContextVar[_Pack | None] = ContextVar("deltatune_pack", default=None)
+_SEEN: ContextVar[Seen | None] = ContextVar("deltatune_seen", default=None)
 
 
 @contextmanager
@@ -185,6 +187,8 @@ def attend(
         )
     if isinstance(attention_mask, Packed):
         return _attend_packed(module, (query, key, value), attention_mask, how), None
+    if (seen := _SEEN.get()) is not None:
+        seen[module] = (key, value)
     slot: Any = module._modules.get(SLOT)
     if slot is not None and slot.attends:
         keys = key.shape[2]
@@ -306,6 +310,21 @@ def restore_attention(model: nn.Module, previous: Mapping[str, str | None]) -> N
     configured = _configured(model)
     for name, said in previous.items():
         configured[name]._attn_implementation_internal = said
+
+
+@torch.no_grad()
+def keys_values(model: nn.Module, inputs: Mapping[str, Tensor]) -> Seen:
+    """module -> the keys and values [batch, kv_heads, seq, dim] that its attention gets in one pass over `inputs`."""
+    found: Seen = {}
+    previous, training = use_attention(model), model.training
+    token = _SEEN.set(found)
+    try:
+        model.eval()(**inputs)
+    finally:
+        _SEEN.reset(token)
+        model.train(training)
+        restore_attention(model, previous)
+    return found
 
 
 def _configured(model: nn.Module) -> dict[str, Any]:

@@ -8,14 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods._keys_values import KeysValues
+from ..methods._rows import Rows
 from ..methods.adalora import AdaLoRA
 from ..methods.dora import Decomposed
 from ..methods.freeze import Head
 from ..methods.ia3 import IA3, ScaleInput, ScaleOutput
 from ..methods.lora import LoRA
 from ..methods.low_rank import LowRank
-from ..methods.prefix import KeysValues, Prefix
-from ..methods.prompt import Prompt, Rows
+from ..methods.prefix import Prefix
+from ..methods.prompt import Prompt
+from ..methods.ptuning import PTuning
 from ..methods.triplets import Triplets
 from . import peft_lora
 from .attach import known
@@ -46,7 +49,9 @@ def writable(model: nn.Module, name: str) -> str | None:
     alone = len(known(model, name).methods[name]) == 1
     if isinstance(only, Prefix) and alone and task(model) == "CAUSAL_LM" and as_peft(model, name, only):
         return "PREFIX_TUNING"
-    return "PROMPT_TUNING" if isinstance(only, Prompt) and alone and task(model) in GENERATES else None
+    if not isinstance(only, Prompt | PTuning) or not alone or task(model) not in GENERATES:
+        return None
+    return "PROMPT_TUNING" if all(d.count == 1 and not d.encoded for d in all_of(model, name, Rows)) else None
 
 
 def as_peft(model: nn.Module, name: str, method: Prefix) -> bool:
@@ -54,7 +59,9 @@ def as_peft(model: nn.Module, name: str, method: Prefix) -> bool:
     prefix in the cache, where a sliding window loses sight of it: ours stays visible."""
     if not method.offset_positions or windowed(model):
         return False
-    shapes = {tuple(d.k.shape) for d in all_of(model, name, KeysValues)}
+    if any(d.source for d in all_of(model, name, KeysValues)):  # peft's prefix_projection drops the MLP only at load
+        return False
+    shapes = {d.shape for d in all_of(model, name, KeysValues)}
     config: Any = model.config
     dim = config.hidden_size // config.num_attention_heads
     return len(shapes) == 1 and next(iter(shapes))[2] == dim and all(d.shift() for d in all_of(model, name, KeysValues))
@@ -111,7 +118,7 @@ def write_ia3(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, Any]
 
 def write_prefix(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, Any], dict[str, Tensor]]:
     deltas = all_of(model, name, KeysValues)
-    heads, length, dim = deltas[0].k.shape
+    heads, length, dim = deltas[0].shape
     stacked = torch.stack([t for d in deltas for t in (d.k, d.v)])  # [2 layers, heads, length, dim]
     config = virtual(model, length, len(deltas)) | {
         "token_dim": heads * dim,
@@ -124,7 +131,7 @@ def write_prefix(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, A
 
 def write_prompt(model: Any, name: str, parts: Parts) -> tuple[dict[str, Any], dict[str, Tensor]]:
     (rows,) = all_of(model, name, Rows)
-    length, d = rows.prompt_embeddings.shape
+    length, d = rows.vectors().shape
     config = virtual(model, length, model.config.num_hidden_layers) | {"token_dim": d, "prompt_tuning_init": "RANDOM"}
     return config, {"prompt_embeddings": rows.prompt_embeddings}
 
@@ -253,7 +260,7 @@ def in_prefix(
     model: nn.Module, name: str, path: str, delta: KeysValues, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     deltas = all_of(model, name, KeysValues)
-    heads, length, dim = delta.k.shape
+    heads, length, dim = delta.shape
     whole = tensors["prompt_embeddings"].view(length, 2 * len(deltas), heads, dim).permute(1, 2, 0, 3)
     at = 2 * deltas.index(delta)
     return {"k": whole[at], "v": whole[at + 1]}

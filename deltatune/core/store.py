@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..methods.prompt import Rows
+from ..methods._rows import Rows
 from . import peft_format
-from .attach import activate, attach, attached, detach, each, focus, known
+from .attach import activate, attach, attached, detach, each, focus, fold, known
 from .delta import overwritten
 from .fingerprint import fingerprint
 from .peft_format import CONFIG, TENSORS, strict
@@ -187,6 +187,8 @@ def fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path, 
     try:
         if (folder / CONFIG).exists():
             peft_format.resize(model, name, tensors)
+            if not peft_format.writable(model, name):
+                fold(model, name)  # peft's form is the one after training
         found = canonical(model, name, tensors, folder)
         for _, delta in each(model, name):
             delta.take_form(own(delta, found))
@@ -317,7 +319,17 @@ def add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> tuple[int, ...]
 
 
 def virtual_ids(model: nn.Module, name: str = "default") -> tuple[int, ...]:
-    """The token ids that stand for adapter `name`'s soft prompt: put them in front of, or anywhere in, the input."""
+    """The token ids that stand for adapter `name`'s soft prompt (the first of several): put them in front of, or
+    anywhere in, the input."""
+    return next(iter(prompt_sets(model, name)), ())
+
+
+def prompt_sets(model: nn.Module, name: str = "default") -> tuple[tuple[int, ...], ...]:
+    """The virtual ids of each of adapter `name`'s prompts, which are trained side by side; () without a soft prompt."""
     known(model, name)
     rows = [d for _, d in each(model, name) if isinstance(d, Rows)]
-    return tuple(i for d in rows for i in range(d.offset, d.offset + len(d.prompt_embeddings)))
+    counts = {d.count for d in rows} - {1}
+    if len(counts) > 1:
+        raise ValueError(f"adapter {name!r} unites prompts of unlike counts {sorted(counts)}: give them one count")
+    several = max(counts, default=1) if rows else 0
+    return tuple(tuple(i for d in rows for i in d.virtual_ids(k % d.count)) for k in range(several))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .encode import IGNORE, Encoded
+from .encode import IGNORE, Encoded, Reading
 from .order import Batching, generator, plan
 from .problems import nearest
 
@@ -28,6 +28,9 @@ class Batch:
     mask_at: Tensor | None = None
     where: tuple[str, ...] = ()
     choices: Tensor | None = None  # [rows, choices, longest] with -100: answers to choose from
+    reading: tuple[Reading | None, ...] = ()
+    prompts: int = 1  # so many copies of each row side by side, each with a prompt of its own
+    combine: str = "vote"
 
     @property
     def targets(self) -> int:
@@ -41,7 +44,7 @@ class Batch:
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
         at = None if self.mask_at is None else self.mask_at.to(device)
         choices = None if self.choices is None else self.choices.to(device)
-        return Batch(inputs, self.labels.to(device), self.lens, at, self.where, choices)
+        return replace(self, inputs=inputs, labels=self.labels.to(device), mask_at=at, choices=choices)
 
 
 def pad(rows: Sequence[Encoded], pad_id: int, side: str = "right") -> Batch:
@@ -57,8 +60,11 @@ def pad(rows: Sequence[Encoded], pad_id: int, side: str = "right") -> Batch:
     }
     if all(row.type_ids is not None for row in rows):
         inputs["token_type_ids"] = filled([row.type_ids or () for row in rows], 0, side)
-    where = tuple(row.where for row in rows)
-    return Batch(inputs, _labels(rows, side), mask_at=_mask_at(rows, side), where=where, choices=_choices(rows))
+    return replace(
+        Batch(inputs, _labels(rows, side), mask_at=_mask_at(rows, side), choices=_choices(rows)),
+        where=tuple(row.where for row in rows),
+        reading=tuple(row.reading for row in rows),
+    )
 
 
 def filled(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
@@ -116,3 +122,9 @@ def pack(rows: Sequence[Encoded]) -> Batch:
     }
     labels = torch.tensor([[label for row in rows for label in row.labels or ()]])
     return Batch(inputs, labels, lens, where=tuple(row.where for row in rows))
+
+
+def side_by_side(rows: Sequence[Encoded], sets: Sequence[Sequence[int]]) -> list[Encoded]:
+    """Each row once for every prompt: the ids of the first set replaced by those of the others."""
+    swaps = [dict(zip(sets[0], own, strict=True)) for own in sets] or [{}]
+    return [replace(row, ids=tuple(swap.get(i, i) for i in row.ids)) for row in rows for swap in swaps]

@@ -32,6 +32,19 @@ TRUNCATE = ("refuse", "right", "left")
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How a row's tokens lie in its text, for answers that are parts of it.
+
+    spans: each token's characters in `text`, None outside it.   words: the position of each word's first token, -1
+    where it was cut off.
+    """
+
+    text: str = ""
+    spans: tuple[Span | None, ...] = ()
+    words: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Encoded:
     """One row as tokens. `labels[i] == ids[i]` where learned, else -100; not shifted; `labels[0]` is -100.
 
@@ -47,6 +60,7 @@ class Encoded:
     where: str = ""
     decoder: bool = False
     choices: tuple[tuple[int, ...], ...] = ()
+    reading: Reading | None = None
 
     @property
     def targets(self) -> int:
@@ -61,6 +75,7 @@ class Encoding:
     template: 'chatml', 'plain', Jinja text, or None for the tokenizer's own.   train_on: 'assistant' turns, the 'last'
     of them, or 'all' tokens.   truncate: 'refuse' long rows, or cut them on the 'right' or the 'left'.
     decoder: the model is an encoder-decoder.   prompt_ids: virtual tokens put in front, never learned as targets.
+    prompt_sets: the ids of several prompts (prompt_ids is the first), each of which reads every row; combine: how.
     """
 
     max_length: int | None = None
@@ -69,6 +84,8 @@ class Encoding:
     truncate: str = "right"
     decoder: bool = False
     prompt_ids: tuple[int, ...] = ()
+    prompt_sets: tuple[tuple[int, ...], ...] = ()
+    combine: str = "vote"
 
     def __post_init__(self) -> None:
         for field, choices in (("train_on", TRAIN_ON), ("truncate", TRUNCATE)):
@@ -205,22 +222,22 @@ class Encoder:
 
         Virtual ids stand after the leading special tokens: an encoder's head reads the first token, which stays [CLS].
         """
-        found, front = self.around(example), tuple(self.options.prompt_ids)
-        ids, types = tuple(found["input_ids"]), found.get("token_type_ids")
+        found = self.around(example)
+        ids, types, _ = self.fronted(found)
+        return Encoded(ids, None, target(example.label, names, example.where), types, where=example.where)
+
+    def fronted(self, found: Any) -> tuple[tuple[int, ...], tuple[int, ...] | None, int]:
+        """(ids, segment ids, place of the first virtual id): virtual ids stand behind the leading special tokens."""
+        front, ids, types = tuple(self.options.prompt_ids), tuple(found["input_ids"]), found.get("token_type_ids")
         special = set(self.tokenizer.all_special_ids)
         lead = next((k for k, i in enumerate(ids) if i not in special), 0) if front else 0
-        return Encoded(
-            ids[:lead] + front + ids[lead:],
-            None,
-            target(example.label, names, example.where),
-            (0,) * len(front) + tuple(types) if types is not None else None,
-            where=example.where,
-        )
+        types = (0,) * len(front) + tuple(types) if types is not None else None
+        return ids[:lead] + front + ids[lead:], types, lead
 
-    def around(self, example: Example) -> Any:
+    def around(self, example: Example, truncation: bool | str = True, **more: Any) -> Any:
         """The tokenizer's own encoding of a text or pair, cut to max_length within the special tokens."""
         texts, room = (example.text, example.text_pair), self.room
-        found = self.tokenizer(*texts, verbose=False)
+        found = self.tokenizer(*texts, verbose=False, **more)
         longest = len(found["input_ids"])
         if room is None or longest <= room:
             return found
@@ -228,7 +245,7 @@ class Encoder:
         before = self.tokenizer.truncation_side
         self.tokenizer.truncation_side = self.options.truncate
         try:
-            return self.tokenizer(*texts, truncation=True, max_length=room, verbose=False)
+            return self.tokenizer(*texts, truncation=truncation, max_length=room, verbose=False, **more)
         finally:
             self.tokenizer.truncation_side = before
 

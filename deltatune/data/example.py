@@ -6,6 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+KINDS = (
+    ("chosen", "preference"), ("desirable", "unpaired"), ("completions", "stepwise"), ("tags", "tagging"),
+    ("answers", "answers"),
+)  # fmt: skip
 Label = str | int | float | tuple | None
 
 
@@ -43,8 +47,8 @@ class Example:
 
     @property
     def kind(self) -> str:
-        """preference | unpaired | stepwise | classification | chat | pair | prompt | text."""
-        for key, kind in (("chosen", "preference"), ("desirable", "unpaired"), ("completions", "stepwise")):
+        """preference | unpaired | stepwise | tagging | answers | classification | chat | pair | prompt | text."""
+        for key, kind in KINDS:
             if key in self.extra:
                 return kind
         if self.label is not None:

@@ -22,6 +22,7 @@ PAIRS = (
 )  # fmt: skip
 SINGLE = ("text", "sentence", "review", "content")
 LABELS = ("label", "labels")
+TAGS = ("tags", "ner_tags", "labels")
 SIDE = ("id", "idx", "source", "weight", "choices")  # columns that travel along without a note
 
 
@@ -191,6 +192,46 @@ def _classified(value: Mapping[str, Any], faults: Faults) -> Example:
     return Example(faults.where, text=texts[0], text_pair=texts[1] if pair else None, label=label(value[mark], faults))
 
 
+def _tagged(value: Mapping[str, Any], faults: Faults) -> Example:
+    name = first(value, TAGS)
+    words, tags = unpacked(value["tokens"]), unpacked(value[name])
+    for field, given in (("tokens", words), (name, tags)):
+        if not isinstance(given, list | tuple) or not given:
+            faults.add("data_type", field, f"it is {what(given)}: {short(given)}", "Write a list, one entry a word")
+            return Example(faults.where)
+    if len(words) != len(tags):
+        fix = "Give every word one tag"
+        faults.add("data_type", name, f"{len(tags)} tags for {len(words)} words", fix)
+    said = tuple(text(word, f"tokens[{i}]", faults) for i, word in enumerate(words))
+    spaced = next((i for i, word in enumerate(said) if any(c.isspace() for c in word)), None)
+    if spaced is not None:
+        faults.add("data_type", f"tokens[{spaced}]", f"{short(said[spaced])} holds a space", "One word a token")
+    marks = tuple(label(tag, faults, f"{name}[{i}]") for i, tag in enumerate(tags))
+    return Example(faults.where, text=" ".join(said), extra={"tokens": said, "tags": marks})
+
+
+def _answered(value: Mapping[str, Any], faults: Faults) -> Example:
+    """SQuAD: answers {"text": [...], "answer_start": [...]}, or a list of such pairs; empty: unanswerable."""
+    question, context = (text(value[name], name, faults, limit=MAX_TEXT) for name in ("question", "context"))
+    given, found = unpacked(value["answers"]), []
+    if isinstance(given, list) and all(isinstance(one, Mapping) for one in given):
+        given = {key: [one.get(key) for one in given] for key in ("text", "answer_start")}
+    texts, starts = (given.get(key) if isinstance(given, Mapping) else None for key in ("text", "answer_start"))
+    if not isinstance(texts, list | tuple) or not isinstance(starts, list | tuple) or len(texts) != len(starts):
+        fix = 'Write {"text": ["..."], "answer_start": [0]}'
+        faults.add("data_type", "answers", f"not two lists of one length: {short(given)}", fix)
+        return Example(faults.where)
+    for i, (said, start) in enumerate(zip(texts, starts, strict=True)):
+        if not isinstance(start, int) or not isinstance(said, str) or not said or start < 0:
+            faults.add("data_type", f"answers[{i}]", f"{short(said)} at {short(start)}", "Write a text and its start")
+        elif context[start : start + len(said)] != said:
+            reason = f"the context has {short(context[start : start + len(said)])} at {start}, not {short(said)}"
+            faults.add("answer_lost", f"answers[{i}]", reason, "Correct answer_start (in characters, from 0)")
+        else:
+            found.append((said, start))
+    return Example(faults.where, text=question, text_pair=context, extra={"answers": tuple(found)})
+
+
 def _preference(value: Mapping[str, Any], faults: Faults) -> Example:
     """TRL, alpaca with ranked answers, ms-swift's rejected_response, LLaMA-Factory's ranking."""
     turns, prompt = _asked(value, faults)
@@ -259,6 +300,8 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format((("instruction",), ("output", "response")), ("input", "system", "history", "kto_tag"), _alpaca),
     "unpaired": Format((("prompt",), ("completion",), ("label", "kto_tag")), (), _unpaired),
     "stepwise": Format((("prompt",), ("completions",), ("labels",)), (), _stepwise),
+    "tagging": Format((("tokens",), TAGS), (), _tagged),
+    "question_answering": Format((("question",), ("context",), ("answers",)), ("title",), _answered),
     "prompt_completion": Format((("prompt",), ("completion",)), ("tools",), _pair(("prompt", "completion"))),
     "query_response": Format(
         (("query", "question", "prompt"), ("response", "answer")), (),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
-from .order import generator
+from .order import Batching, generator, plan
 
 
 def shares(spec: Sequence[Any] | Mapping[str, float]) -> dict[str, float]:
@@ -66,3 +68,23 @@ def portions(sizes: Mapping[str, int], share: Mapping[str, float]) -> dict[str, 
     if unknown:
         raise ValueError(f"data: unknown sets {sorted(unknown)}; there are {sorted(sizes)}")
     return {name: max(round(sizes[name] * part), 1) for name, part in share.items()}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sets of `sizes` rows, one behind the other, mixed by temperature: an epoch has as many rows as all of them."""
+
+    sizes: tuple[int, ...]
+    tau: float
+    seed: int = 0
+
+    def rows(self, epoch: int) -> list[int]:
+        """Row numbers in the order of an epoch; a row of a small set may come several times, or none of a large one."""
+        sizes = {str(i): n for i, n in enumerate(self.sizes)}
+        starts = list(accumulate(self.sizes, initial=0))
+        return [starts[int(name)] + row for name, row in mixture(sizes, tempered(sizes, self.tau), self.seed, epoch)]
+
+    def plan(self, lengths: Sequence[int], batching: Batching, epoch: int) -> list[list[int]]:
+        """The micro-batches of an epoch, as `order.plan` makes them."""
+        rows = self.rows(epoch)
+        return [[rows[i] for i in group] for group in plan([lengths[r] for r in rows], batching, self.seed, epoch)]

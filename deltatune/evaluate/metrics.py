@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from .spans import span_counts, squad_exact, squad_f1, tag_hits
+
 Stats = Callable[[Sequence[Any], Sequence[Any]], np.ndarray]
 Score = Callable[[np.ndarray], float]
 
@@ -356,6 +358,10 @@ METRICS: dict[str, Metric] = {
         Metric("rouge_l", True, _mean(_rouge_l), _ratio, by_row=True),
         _sacre_metric("bleu", "BLEU"),
         _sacre_metric("chrf", "CHRF"),
+        Metric("span_f1", True, span_counts, _f1, by_row=True),
+        Metric("tag_accuracy", True, tag_hits, _ratio, by_row=True),
+        _right("squad_exact", squad_exact),
+        Metric("squad_f1", True, _mean(squad_f1), _ratio, by_row=True),
         _right("json_valid", lambda p, r: _parsed(p)[0]),
         _right("json_schema", _json_schema),
         _right("json_exact", _json_exact),
@@ -374,6 +380,8 @@ def for_task(objective: Any, examples: Sequence[Any]) -> tuple[str, ...]:
     if not examples:
         raise ValueError("no examples to choose metrics for; is the evaluation set empty?")
     name = objective if isinstance(objective, str) else getattr(objective, "name", "")
+    if own := getattr(objective, "metrics", ()):
+        return tuple(own)
     labels = [e.label for e in examples if e.label is not None]
     if labels and name != "sft":
         return _for_labels(labels, getattr(objective, "kind", "auto"))

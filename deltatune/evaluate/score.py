@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.attach import takes_packed
-from ..data.batch import Batching, plan
+from ..data.batch import Batching, plan, side_by_side
 from ..data.encode import Encoded
 from ..data.example import Example
 from .generate import Decoding, answers, evaluating, fits
@@ -108,8 +109,14 @@ def predict(job: Job, examples: Sequence[Example]) -> tuple[list[Any], float]:
     """(one prediction per example in order, generated tokens per second)."""
     if job.objective.name != "sft":
         return classify(job, examples), 0.0
-    found = answers(job.model, job.tokenizer, prompts_of(job, examples), Decoding(job.config.eval.max_new_tokens))
-    return [text.strip() for text in found.texts], found.tokens_per_second
+    rows = prompts_of(job, examples)
+    if job.prompts > 1:
+        rows = side_by_side(rows, job.encoding.prompt_sets)
+    # the rows hold their virtual ids already
+    found = answers(job.model, job.tokenizer, rows, Decoding(job.config.eval.max_new_tokens, prompt_ids=()))
+    texts = [text.strip() for text in found.texts]
+    voters = [texts[i : i + job.prompts] for i in range(0, len(texts), job.prompts)]
+    return [Counter(said).most_common(1)[0][0] for said in voters], found.tokens_per_second
 
 
 def prompts_of(job: Job, examples: Sequence[Example]) -> list[Encoded]:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.attention import attention_modules, heads
+from ..core.attention import Heads, Seen, attention_modules, heads
 from ..core.delta import Delta
-from ..core.registry import method, whole
+from ..core.registry import method, nearest, whole
 from ..core.site import Site, trunk
+from ._keys_values import KeysValues, Root, activations
+
+INITS = ("random", "words")
+REPARAMS = ("none", "mlp")
 
 
 @method(
@@ -22,45 +27,70 @@ from ..core.site import Site, trunk
     peft="PREFIX_TUNING",
     lr=1e-2,
     identity=False,
-    tiny={"": {"length": 3}},
+    tiny={"": {"length": 3}, "prefix-mlp": {"length": 3, "reparam": "mlp", "hidden": 16}},
 )
 @dataclass(frozen=True)
 class Prefix:
     """Learned keys and values in front of every layer's own. Parameters: 2 layers kv_heads length head_dim.
 
     `offset_positions`: real tokens of a causal model stand after the prefix (as in peft); off, they keep their places.
+    init "words": the base's own keys and values of `words`, repeated or cut to `length`; "random": N(0, 0.02).
+    reparam "mlp": trained as an MLP of `hidden` units over l d inputs (one for each stack of an encoder-decoder, and
+    one for cross-attention), dropped at the end of the run.
     """
 
     length: int = 20
     offset_positions: bool = True
+    init: str = "random"
+    words: str = ""
+    reparam: str = "none"
+    hidden: int = 512
+    ids: tuple[int, ...] = ()  # the words' token ids: `bind` finds them
 
     def __post_init__(self) -> None:
         whole("Prefix length", self.length)
+        whole("Prefix hidden", self.hidden)
+        for value, choices, what in ((self.init, INITS, "init"), (self.reparam, REPARAMS, "reparam")):
+            if value not in choices:
+                raise ValueError(
+                    f"Prefix {what} {value!r}: choose from {', '.join(choices)}.{nearest(str(value), choices)}"
+                )
+        if (self.init == "words") != bool(self.words or self.ids):
+            raise ValueError(f"Prefix init 'words' needs words, and only it: init {self.init!r}, words {self.words!r}")
 
-    def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
+    def bind(self, tokenizer: Any) -> Prefix:
+        """The prefix with its words as token ids."""
+        if not self.words:
+            return self
+        ids = tuple(tokenizer(self.words, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise ValueError(f"Prefix words {self.words!r} are no token of this tokenizer")
+        return replace(self, ids=ids)
+
+    def deltas(self, model: Any) -> Iterator[tuple[Site, Delta]]:
         takes = "position_ids" in inspect.signature(trunk(model).forward).parameters
-        for name, module, kind in attention_modules(model):
-            shape = heads(module)
+        found, start = attention_modules(model), self.start(model)
+        roots: dict[str, Root] = {}
+        for name, module, kind in found:
             causal = kind == "self" and bool(getattr(module, "is_causal", False))
             offset = self.length if causal and takes and self.offset_positions else 0
-            yield Site(name, name), KeysValues((shape.kv, self.length, shape.dim), offset)
+            delta = KeysValues(*(start[module] if start else self.drawn(heads(module))), offset)
+            if self.reparam == "mlp":
+                owns = kind not in roots
+                if owns:
+                    roots[kind] = Root(self.length, int(model.config.hidden_size), self.hidden)
+                delta.reparametrise(roots[kind], owns, keep=bool(start))
+            yield Site(name, name), delta
 
+    def drawn(self, shape: Heads) -> tuple[Tensor, Tensor]:
+        """Small random keys and values, as in the paper's random initialisation."""
+        size = (shape.kv, self.length, shape.dim)
+        return torch.randn(size) * 0.02, torch.randn(size) * 0.02
 
-class KeysValues(Delta):
-    """k, v [kv_heads, length, head_dim], small random values as in the paper's random initialisation."""
-
-    def __init__(self, shape: tuple[int, int, int], offset: int):
-        super().__init__()
-        self.k, self.v = nn.Parameter(torch.randn(shape) * 0.02), nn.Parameter(torch.randn(shape) * 0.02)
-        self.offset = offset
-
-    def attend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return front(self.k, k), front(self.v, v)
-
-    def shift(self) -> int:
-        return self.offset
-
-
-def front(own: Tensor, kept: Tensor) -> Tensor:
-    """own [kv_heads, length, dim] in front of kept [batch, kv_heads, seq, dim]."""
-    return torch.cat([own.to(kept.dtype).expand(kept.shape[0], -1, -1, -1), kept], 2)
+    def start(self, model: nn.Module) -> Seen:
+        """module -> the keys and values to start from; {} for random ones."""
+        if self.init != "words":
+            return {}
+        if not self.ids:
+            raise ValueError("Prefix words are not token ids yet: attach(model, Prefix(...).bind(tokenizer))")
+        return activations(model, [self.ids[i % len(self.ids)] for i in range(self.length)])

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.delta import Delta, Refusal
-from ..core.registry import method, whole
-from ..core.site import Site, embedding
+from ..core.delta import Delta
+from ..core.registry import method, nearest, whole
+from ..core.site import Site
+from ._rows import COMBINES, Rows, place, sampled
 
-INITS = ("vocab", "uniform")
+INITS = ("vocab", "uniform", "text", "labels")
 
 
 @method(
@@ -22,70 +24,73 @@ INITS = ("vocab", "uniform")
     peft="PROMPT_TUNING",
     lr=3e-2,
     identity=False,
-    tiny={"": {"length": 3}},
+    tiny={"": {"length": 3}, "prompts": {"length": 2, "count": 3}},
 )
 @dataclass(frozen=True)
 class Prompt:
-    """`length` learned vectors that virtual token ids stand for. Parameters: length d.
+    """`length` learned vectors that virtual token ids stand for. Parameters: count length d.
 
-    init "vocab": evenly spaced rows of the embedding, as the layer returns them; "uniform": U(-0.5, 0.5).
-    Put `virtual_ids(model, name)` in front of the input ids; the encoder's, where there is one.
+    init "vocab": words sampled from the 5,000 commonest tokens; "uniform": U(-0.5, 0.5); "text": the tokens of `text`,
+    repeated or cut to `length`; "labels": a vector for each of the class names `labels` (the mean of its tokens), the
+    rest sampled. count: so many prompts are trained on every row in one batch; their answers are combined by majority
+    "vote", or their scores by "average".
     """
 
     length: int = 20
     init: str = "vocab"
+    text: str = ""
+    labels: tuple[str, ...] = ()
+    count: int = 1
+    combine: str = "vote"
+    ids: tuple[tuple[int, ...], ...] = ()  # the words' token ids, by vector: `bind` finds them
 
     def __post_init__(self) -> None:
         whole("Prompt length", self.length)
-        if self.init not in INITS:
-            raise ValueError(f"Prompt init {self.init!r}: choose from {', '.join(INITS)}")
+        whole("Prompt count", self.count)
+        for value, choices, what in ((self.init, INITS, "init"), (self.combine, COMBINES, "combine")):
+            if value not in choices:
+                raise ValueError(
+                    f"Prompt {what} {value!r}: choose from {', '.join(choices)}.{nearest(str(value), choices)}"
+                )
+        object.__setattr__(self, "ids", tuple(tuple(i) for i in self.ids))
+        for kind, given in (("text", self.text), ("labels", self.labels)):
+            if (self.init == kind) != bool(given or (self.ids and self.init == kind)):
+                raise ValueError(f"Prompt init {kind!r} needs {kind}, no other does: init {self.init!r}, {given!r}")
+        named = len(self.labels)
+        if named > self.length:
+            raise ValueError(f"Prompt length {self.length} is too short for {named} labels")
+        if self.count > 1 and (self.init == "text" or named == self.length):
+            raise ValueError(
+                f"{self.count} prompts that start from the same words would stay the same: "
+                "choose init vocab or uniform, or labels with a greater length"
+            )
+
+    def bind(self, tokenizer: Any) -> Prompt:
+        """The prompt with its words as token ids."""
+        if not (self.text or self.labels):
+            return self
+        found = [tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in self.labels]
+        found += [[i] for i in tokenizer(self.text, add_special_tokens=False)["input_ids"]] if self.text else []
+        if not found or not all(found):
+            raise ValueError(f"Prompt {self.init} {self.text or self.labels!r}: a word is no token of this tokenizer")
+        return replace(self, ids=tuple(map(tuple, found)))
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
-        name = embedding(model)
-        layer = model.get_submodule(name)
-        if not isinstance(layer, nn.Embedding):
-            raise Refusal(
-                "soft prompts stand for rows of a token embedding.",
-                found=f"{name}: {type(layer).__name__}",
-                instead="Prefix, which needs no embedding",
-            )
-        yield Site(name, name), Rows(layer, first_free(layer), self.start(layer))
+        site, layer = place(model)
+        yield site, Rows(layer, torch.cat([self.start(layer) for _ in range(self.count)]), self.length)
 
     def start(self, layer: nn.Embedding) -> Tensor:
-        """[length, d]: taken through the layer, because some families scale what it returns."""
+        """[length, d] of one prompt."""
         if self.init == "uniform":
             return torch.rand(self.length, layer.embedding_dim) - 0.5
-        ids = torch.linspace(0, layer.num_embeddings - 1, self.length, device=layer.weight.device).long()
-        return layer(ids).detach().float()
+        if self.init != "vocab" and not self.ids:
+            raise ValueError(f"Prompt {self.init} is not token ids yet: attach(model, Prompt(...).bind(tokenizer))")
+        if self.init == "text":
+            return looked_up(layer, [self.ids[i % len(self.ids)] for i in range(self.length)])
+        return looked_up(layer, [*self.ids, *sampled(layer, self.length - len(self.ids))])
 
 
-def first_free(layer: nn.Embedding) -> int:
-    """The first id that neither the vocabulary nor another adapter's prompt uses."""
-    taken = [d.offset + d.prompt_embeddings.shape[0] for d in layer.modules() if isinstance(d, Rows)]
-    return max([layer.num_embeddings, *taken])
-
-
-class Rows(Delta):
-    """Ids in [offset, offset + length) mean this prompt's rows; the layer itself sees id 0 in their place."""
-
-    def __init__(self, layer: nn.Embedding, offset: int, start: Tensor):
-        super().__init__()
-        self.vocab, self.offset = layer.num_embeddings, offset
-        self.prompt_embeddings = nn.Parameter(start)
-        self.ids: Tensor | None = None
-
-    def ours(self, ids: Tensor) -> Tensor:
-        return (ids >= self.offset) & (ids < self.offset + len(self.prompt_embeddings))
-
-    def before(self, layer: nn.Module, ids: Tensor) -> Tensor:
-        self.ids = ids
-        return ids.masked_fill(self.ours(ids), 0)
-
-    def after(self, layer: nn.Module, ids: Tensor, y: Tensor) -> Tensor:
-        given, self.ids = self.ids, None
-        if given is None:
-            raise RuntimeError("the embedding's input was not seen: was the forward pass interrupted?")
-        here = self.ours(given)
-        # F.embedding: the backward of indexing by repeated ids is not deterministic on CPU
-        rows = nn.functional.embedding((given - self.offset).masked_fill(~here, 0), self.prompt_embeddings)
-        return torch.where(here[..., None], rows.to(y.dtype), y)
+def looked_up(layer: nn.Embedding, ids: Sequence[Sequence[int]]) -> Tensor:
+    """[len(ids), d]: the mean of each entry's embeddings, through the layer, because some families scale them."""
+    device = layer.weight.device
+    return torch.stack([layer(torch.tensor(list(i), device=device)).detach().float().mean(0) for i in ids])

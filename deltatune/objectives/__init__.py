@@ -10,11 +10,20 @@ from ..data.problems import nearest
 from .choice import Choice
 from .classify import Classify
 from .cloze import Cloze
+from .qa import QA
 from .sft import SFT
+from .tag import Tag
 
-__all__ = ["OBJECTIVES", "SFT", "Choice", "Classify", "Cloze", "build", "record"]
+__all__ = ["OBJECTIVES", "QA", "SFT", "Choice", "Classify", "Cloze", "Tag", "build", "record"]
 
-OBJECTIVES: dict[str, type] = {"sft": SFT, "classify": Classify, "cloze": Cloze, "choice": Choice}
+OBJECTIVES: dict[str, type] = {
+    "sft": SFT,
+    "classify": Classify,
+    "cloze": Cloze,
+    "choice": Choice,
+    "tag": Tag,
+    "qa": QA,
+}
 
 
 def build(block: Any) -> Any:

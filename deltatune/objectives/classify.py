@@ -19,7 +19,7 @@ from ..data.check import mixed_labels
 from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
 from ..data.problems import Problems
-from .common import exact, load, run
+from .common import combined, exact, load, name_classes, run
 
 Kind = Literal["auto", "single", "multi", "regression"]
 
@@ -68,12 +68,7 @@ class Classify:
     def load(self, path: Any, config: Any, **options: Any) -> Any:
         names = list(self.labels or ())
         model = load("AutoModelForSequenceClassification", path, num_labels=max(len(names), 1), **options)
-        if names:
-            model.config.id2label = dict(enumerate(names))
-            model.config.label2id = {n: i for i, n in enumerate(names)}
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = model.config.eos_token_id
-        return model
+        return name_classes(model, names)
 
     def check(self, model: Any) -> None:
         """Refusal or ValueError for a model whose head is missing or of another size."""
@@ -124,12 +119,14 @@ class Classify:
     def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
         """A class name, a tuple of them, or a score for each row."""
         logits = self.logits(model, batch).float()
+        if self.kind != "single":  # scores and several classes have no vote
+            logits = logits.unflatten(0, (-1, batch.prompts)).mean(1)
         if self.kind == "regression":
             return logits.squeeze(-1).tolist()
         names = self.labels or ()
         if self.kind == "multi":
             return [tuple(n for n, z in zip(names, row, strict=True) if z > 0) for row in logits.tolist()]
-        return [names[i] for i in logits.argmax(-1).tolist()]
+        return [names[i] for i in combined(logits, batch).argmax(-1).tolist()]
 
     def reference(self, example: Example) -> Any:
         """The row's label as `predict` spells it."""

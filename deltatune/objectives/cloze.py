@@ -17,7 +17,7 @@ from ..data.encode import Encoded, Encoding, label_names, target
 from ..data.example import Example
 from ..prompting.template import Filler, Template
 from .classify import refuse_mixed, spelled
-from .common import exact, kept_logits, language_class, load, needs_words
+from .common import combined, exact, kept_logits, language_class, load, needs_words
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Cloze:
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[str]:
-        return [self.classes[i] for i in self.scores(model, batch).argmax(-1).tolist()]
+        return [self.classes[i] for i in combined(self.scores(model, batch), batch).argmax(-1).tolist()]
 
     def reference(self, example: Example) -> str:
         return spelled(example.label)

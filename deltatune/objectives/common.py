@@ -32,13 +32,30 @@ def load(auto: str, path: Path | str, **options: Any) -> Any:
         torch.manual_seed(0)
         opener = getattr(transformers, auto).from_pretrained
         model, info = opener(path, use_safetensors=True, output_loading_info=True, **options)
-    heads = tuple(head_modules(model)) if auto == "AutoModelForSequenceClassification" else ()
+    heads = tuple(head_modules(model)) if auto in HEADED else ()
     lost = sorted(k for k in info["missing_keys"] if not (heads and k.startswith(heads)) and "pooler" not in k)
     if lost:
         raise ValueError(
             f"{path} lacks {len(lost)} weights that {type(model).__name__} needs, such as {lost[0]}: "
             "it is a checkpoint of another architecture or task, and untrained weights would pass for trained ones"
         )
+    return model
+
+
+HEADED = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+)
+
+
+def name_classes(model: Any, names: list[str]) -> Any:
+    """The model with the classes of its head by name in its configuration."""
+    if names:
+        model.config.id2label = dict(enumerate(names))
+        model.config.label2id = {n: i for i, n in enumerate(names)}
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = model.config.eos_token_id
     return model
 
 
@@ -106,6 +123,21 @@ def kept_logits(model: nn.Module, batch: Batch, keep: Tensor) -> Tensor:
 def exact(logits: Tensor) -> Tensor:
     """Half-precision logits in fp32; others as they are."""
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def combined(scores: Tensor, batch: Batch) -> Tensor:
+    """scores [prompts * rows, *, classes] -> log-probabilities [rows, *, classes] that all prompts agree on.
+
+    "average": of the probabilities; "vote": the share of prompts that choose the class, equal ones told apart by the
+    average (Lester et al. 2021, section 6).
+    """
+    if batch.prompts == 1:
+        return scores
+    each = scores.unflatten(0, (-1, batch.prompts)).softmax(-1)
+    if batch.combine == "average":
+        return each.mean(1).log()
+    votes = F.one_hot(each.argmax(-1), each.shape[-1]).to(each.dtype).mean(1)
+    return (votes + each.mean(1) / (2 * batch.prompts)).log()  # a tie-break stays below half a vote
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:

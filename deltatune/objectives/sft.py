@@ -11,20 +11,31 @@ from torch import Tensor, nn
 
 from ..core.delta import Refusal
 from ..data.batch import Batch
-from ..data.encode import Encoded, Encoding, encode_all
+from ..data.encode import Encoded, Encoding, encode_all, encoder
 from ..data.example import Example
+from ..data.problems import BadRow
+from ..prompting.template import Filler, Template
 from .common import IGNORE, kept_logits, kind_of, language_class, load, needs_words, run, token_loss
 
 
 @dataclass(frozen=True)
 class SFT:
-    """Supervised fine-tuning. What is learned is decided when rows are encoded (`train_on`), not here."""
+    """Supervised fine-tuning. What is learned is decided when rows are encoded (`train_on`), not here.
+
+    template: '<soft:3>{prompt}<soft:2>', how a row of prompt and completion is asked, with a soft prompt's tokens where
+    it says; the completion follows. Left out, virtual tokens stand in front.
+    """
 
     train_on: Literal["assistant", "last", "all"] = "assistant"
+    template: str | None = None
 
     name = "sft"
     packs = True
     task_head = False
+
+    def __post_init__(self) -> None:
+        if self.template is not None:
+            Template(self.template, gap=False)
 
     def fit(self, examples: Sequence[Example]) -> SFT:
         """What the training set decides; nothing here."""
@@ -44,7 +55,9 @@ class SFT:
         needs_words(model, self.name)
 
     def encode(self, example: Example, tokenizer: Any, encoding: Encoding) -> list[Encoded]:
-        return encode_all(example, tokenizer, encoding)
+        if self.template is None:
+            return encode_all(example, tokenizer, encoding)
+        return [templated(example, tokenizer, encoding, Template(self.template, gap=False))]
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """(sum over the supervised tokens, metrics). Logits are made only at the positions that predict one."""
@@ -67,6 +80,22 @@ class SFT:
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
         raise TypeError("SFT answers by generation: see evaluate.generate")
+
+
+def templated(example: Example, tokenizer: Any, encoding: Encoding, template: Template) -> Encoded:
+    """One row: the filled template, which is cut to fit, then the completion and the end of the sequence."""
+    if example.completion is None:
+        fix = "Give columns prompt and completion, or leave the template out"
+        raise BadRow("nothing_to_learn", example.where, "completion", "a template asks, and the row has no answer", fix)
+    coder = encoder(tokenizer, encoding)
+    answer, room = [*coder.tokens(example.completion), coder.eos], encoding.max_length
+    if not encoding.decoder and room is not None:
+        room -= len(answer)
+    filler = Filler(tokenizer, False, room, encoding.prompt_ids, closed=encoding.decoder)
+    ids = filler(template, example).ids
+    if encoding.decoder:
+        return Encoded(ids, tuple(answer[:room]), where=example.where, decoder=True)
+    return Encoded((*ids, *answer), (*(IGNORE,) * len(ids), *answer), where=example.where)
 
 
 def masked(config: Any) -> Refusal:

@@ -1,10 +1,10 @@
-"""Template: text with {fields} of a row and one <mask>, the place where the language model answers."""
+"""Template: text, {fields} of a row, one <mask> where the language model answers, and virtual tokens <soft:n>."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.encode import edges
@@ -13,33 +13,70 @@ from ..data.problems import nearest
 
 MASK = "<mask>"
 FIELD = re.compile(r"\{(\w+)\}")
+SOFT = re.compile(r"<soft(?::(\d+))?>")
+PIECE = re.compile(r"(\{\w+\}|<mask>|<soft(?::\d+)?>)")
 FIELDS = ("text", "text_pair", "prompt")
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of a filled template: text (`own`: the row's, which may be cut), the gap, or `soft` virtual tokens."""
+
+    text: str = ""
+    own: bool = False
+    gap: bool = False
+    soft: int = 0
+
+
+@dataclass(frozen=True)
 class Template:
-    """'{text} It was <mask>.' : literal text, fields of the row, one gap."""
+    """'<soft:3>{text}<soft> It was <mask>.': literal text, fields of the row, virtual tokens, one gap (or, without
+    `gap`, none: the answer follows)."""
 
     text: str
+    gap: bool = True
 
     def __post_init__(self) -> None:
-        if self.text.count(MASK) != 1:
+        if self.gap and self.text.count(MASK) != 1:
             raise ValueError(f"template {self.text!r} needs exactly one {MASK}, it has {self.text.count(MASK)}")
+        if not self.gap and MASK in self.text:
+            raise ValueError(f"template {self.text!r}: the answer follows the prompt here, leave {MASK} out")
         unknown = [f for f in FIELD.findall(self.text) if f not in FIELDS]
         if unknown:
             hint = nearest(unknown[0], FIELDS)
             raise ValueError(f"template {self.text!r}: no field {{{unknown[0]}}}.{hint} Fields: {', '.join(FIELDS)}")
+        odd = next((m for m in re.findall(r"<soft\b[^>]*>?", self.text) if not SOFT.fullmatch(m)), None)
+        if odd or "<soft:0>" in self.text:
+            raise ValueError(
+                f"template {self.text!r}: {odd or '<soft:0>'} is no virtual token; write <soft> or <soft:3>"
+            )
 
-    def parts(self, example: Example) -> list[tuple[str, bool]]:
-        """(piece, whether it is the row's own text) in order; the gap is the piece '<mask>'."""
-        found: list[tuple[str, bool]] = []
-        for piece in re.split(rf"(\{{\w+\}}|{MASK})", self.text):
-            field = FIELD.fullmatch(piece)
-            if field:
-                found.append((self.value(example, field.group(1)), True))
-            elif piece:
-                found.append((piece, False))
-        return found
+    @property
+    def slots(self) -> int:
+        """How many virtual tokens it places."""
+        return sum(int(n or 1) for n in SOFT.findall(self.text))
+
+    def demand(self, virtual: int, placed: bool = False) -> None:
+        """ValueError unless a method with `virtual` tokens fits; `placed`: one that has to be placed by a template."""
+        if self.slots == virtual or (not self.slots and not placed):
+            return
+        fix = (
+            f"set the method's length to {self.slots}" if self.slots and virtual else "use the method prompt or ptuning"
+        )
+        fix = f"write <soft:{virtual}> where they stand" if not self.slots else fix
+        raise ValueError(f"template {self.text!r} has {self.slots} virtual tokens, the method has {virtual}: {fix}")
+
+    def parts(self, example: Example) -> list[Piece]:
+        """The pieces in order; <soft> and <mask> in the row's own text are letters."""
+        return [self.part(piece, example) for piece in PIECE.split(self.text) if piece]
+
+    def part(self, piece: str, example: Example) -> Piece:
+        if piece == MASK:
+            return Piece(gap=True)
+        if soft := SOFT.fullmatch(piece):
+            return Piece(soft=int(soft.group(1) or 1))
+        field = FIELD.fullmatch(piece)
+        return Piece(self.value(example, field.group(1)), own=True) if field else Piece(piece)
 
     def value(self, example: Example, field: str) -> str:
         value = getattr(example, field)
@@ -62,54 +99,77 @@ class Rendered:
 class Filler:
     """Fills a template, tokenizes it and finds the gap.
 
-    The gap is the mask token of a masked model, and the last token before it of a causal one. Only the row's own text
-    is cut to fit `room` tokens, never the template. `front`: virtual ids, which stand after the leading special token.
+    The gap is the mask token of a masked model, and the last token before it of a causal one (or of a template without
+    gap). Only the row's own text is cut to fit `room` tokens, never the template. `front`: virtual ids, which stand in
+    the template's <soft> slots, or where it has none after the leading special token. Without them slots are left out.
+    `closed`: the tokenizer's own end follows, as in the encoder of an encoder-decoder.
     """
 
     tokenizer: Any
     masked: bool
     room: int | None = None
     front: Sequence[int] = ()
+    closed: bool = False
 
     def __call__(self, template: Template, example: Example) -> Rendered:
         pieces = self.pieces(template, example)
         before, after = edges(self.tokenizer)
-        after = after if self.masked else []
-        spare = None if self.room is None else self.room - len(before) - len(self.front) - len(after)
-        body = self.tokens(fit(self.tokens, pieces, spare))
-        ids = (*before, *self.front, *body, *after)
+        after = after if self.masked or self.closed else []
+        if template.slots and self.front:
+            template.demand(len(self.front))
+        front = () if template.slots else self.front
+        spare = None if self.room is None else self.room - len(before) - len(front) - len(after)
+        body = self.body(fit(self.body, pieces, spare))
+        ids = (*before, *front, *body, *after)
         return Rendered(tuple(ids), ids.index(self.tokenizer.mask_token_id) if self.masked else len(ids) - 1)
 
-    def tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def body(self, pieces: Sequence[Piece]) -> list[int]:
+        """Token ids: the text between two slots as one text, the space before a slot left out."""
+        ids: list[int] = []
+        said, virtual = "", iter(self.front)
+        for piece in pieces:
+            said += piece.text
+            if piece.soft:
+                ids += self.tokens(said.rstrip(" "))
+                ids += [i for _, i in zip(range(piece.soft), virtual, strict=False)]
+                said = ""
+        return ids + self.tokens(said)
 
-    def pieces(self, template: Template, example: Example) -> list[tuple[str, bool]]:
-        """(text, whether it is the row's own) up to the gap of a causal model, with the mask token of a masked one."""
+    def tokens(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+
+    def pieces(self, template: Template, example: Example) -> list[Piece]:
+        """The pieces up to the gap of a causal model, or with the mask token of a masked one."""
         parts = template.parts(example)
-        at = next(i for i, part in enumerate(parts) if part == (MASK, False))
+        if not self.front:  # the base is measured without virtual tokens: the text around them stays one text
+            parts = [p for p in parts if not p.soft]
+        if not template.gap:
+            return parts
+        at = next(i for i, part in enumerate(parts) if part.gap)
         if self.masked:
             mask = self.tokenizer.mask_token
             # a row that spells the mask token means its letters, and must not move the gap
-            parts = [(piece.replace(mask, mask.strip("<>[]")) if own else piece, own) for piece, own in parts]
-            return [*parts[:at], (mask, False), *parts[at + 1 :]]
-        if "".join(piece for piece, _ in parts[at + 1 :]).strip(" ."):
+            parts = [replace(p, text=p.text.replace(mask, mask.strip("<>[]"))) if p.own else p for p in parts]
+            return [*parts[:at], Piece(mask), *parts[at + 1 :]]
+        if any(p.soft for p in parts[at + 1 :]) or "".join(p.text for p in parts[at + 1 :]).strip(" ."):
             raise ValueError(
                 f"template {template.text!r}: a causal model answers at the end, nothing may follow {MASK}"
             )
         before = parts[:at]
-        while before and not (stripped := before[-1][0].rstrip(" ")):
+        while before and not before[-1].soft and not before[-1].text.rstrip(" "):
             before.pop()
         # the space before the gap belongs to the answer's first token
-        return [*before[:-1], (stripped, before[-1][1])] if before else []
+        return [*before[:-1], replace(before[-1], text=before[-1].text.rstrip(" "))] if before else []
 
 
-def fit(tokens: Callable[[str], list[int]], pieces: Sequence[tuple[str, bool]], room: int | None) -> str:
-    """The pieces as one text, the row's own parts shortened, the longest first, until it fits."""
-    texts = [piece for piece, _ in pieces]
-    own = [i for i, (_, mine) in enumerate(pieces) if mine]
-    while room is not None and len(tokens("".join(texts))) > room:
-        longest = max(own, key=lambda i: len(texts[i]), default=None)
-        if longest is None or not texts[longest]:
+def fit(tokens: Callable[[Sequence[Piece]], list[int]], pieces: Sequence[Piece], room: int | None) -> list[Piece]:
+    """The pieces, the row's own parts shortened, the longest first, until they fit."""
+    found = list(pieces)
+    own = [i for i, piece in enumerate(found) if piece.own]
+    while room is not None and len(tokens(found)) > room:
+        longest = max(own, key=lambda i: len(found[i].text), default=None)
+        if longest is None or not found[longest].text:
             raise ValueError(f"max_length leaves no room for the template: it alone needs more than {room} tokens")
-        texts[longest] = texts[longest][: -max(1, len(texts[longest]) // 20)].rstrip()
-    return "".join(texts)
+        text = found[longest].text
+        found[longest] = replace(found[longest], text=text[: -max(1, len(text) // 20)].rstrip())
+    return found

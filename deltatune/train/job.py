@@ -20,12 +20,12 @@ from ..core.attach import activate, attach, attached, each, known, packing, trai
 from ..core.delta import Given
 from ..core.quant import options, steady
 from ..core.site import head_modules
-from ..core.store import virtual_ids
 from ..data import formats
-from ..data.batch import Batch, Batching, pack, pad, plan
+from ..data.batch import Batch, Batching, pack, pad, plan, side_by_side
 from ..data.check import remarks
 from ..data.encode import Encoded, Encoding, encoder
 from ..data.example import Example
+from ..data.mix import Mixture
 from ..data.problems import BadRow, Problems
 from ..data.sources import files
 from ..data.stream import Order, stream
@@ -38,6 +38,7 @@ from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
 from ..zoo import model_path
 from . import memory
+from .prompts import check_prompts, prompted
 from .sampler import Sampler
 from .streaming import Flow, Source
 
@@ -66,6 +67,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     baselines: Sequence[Prompt] = ()  # ways to ask the untuned model; () tries the row as it is
     recompute: bool = False  # gradient checkpointing
+    sizes: list[int] = field(default_factory=list)  # rows of each training set, where they are mixed
     fresh: bool = True  # the adapter was attached for this run, untrained
 
     @property
@@ -98,14 +100,25 @@ class Job:
             data, t = self.config.data, self.config.train
             format = None if data.format == "auto" else data.format
             return Flow(Source(streamed(data.train), self.encode, format, t.seed), self.batching(), t.accumulate)
-        lengths = [max(len(r.ids), len(r.labels or ())) for r in self.rows]
+        lengths = [self.prompts * max(len(r.ids), len(r.labels or ())) for r in self.rows]
         batching, seed = self.batching(), self.config.train.seed
+        if self.config.data.mix:
+            order = Mixture(tuple(self.sizes), self.config.data.mix.temperature, seed)
+            return Sampler(lambda epoch: order.plan(lengths, batching, epoch), self.config.train.accumulate)
         return Sampler(lambda epoch: plan(lengths, batching, seed, epoch), self.config.train.accumulate)
 
     def batch(self, rows: Sequence[Encoded], packs: bool | None = None) -> Batch:
         """Rows as tensors on the model's device."""
         packs = self.batching().packing if packs is None else packs
-        return (pack(rows) if packs else pad(rows, self.pad_id)).to(self.device)
+        if self.prompts > 1:
+            rows = side_by_side(rows, self.encoding.prompt_sets)
+        batch = pack(rows) if packs else pad(rows, self.pad_id)
+        return replace(batch, prompts=self.prompts, combine=self.encoding.combine).to(self.device)
+
+    @property
+    def prompts(self) -> int:
+        """How many prompts read every row, side by side in one batch."""
+        return max(len(self.encoding.prompt_sets), 1) if self.encoding.prompt_ids else 1
 
     def batches(self, sampler: Sampler | Flow) -> Callable[[int], list[Batch]]:
         """step -> its micro-batches as tensors."""
@@ -302,9 +315,12 @@ def settle(job: Job) -> Job:
         max_length=longest(job),
         train_on=getattr(job.objective, "train_on", "assistant"),
         decoder=kind_of(job.model) == "seq2seq" and not job.objective.task_head,
-        prompt_ids=virtual_ids(job.model, job.adapter),
+        **prompted(job.model, job.adapter),
     )
+    check_prompts(job)
     job.rows = job.encode(job.train)
+    if job.config.data.mix:
+        job.sizes = set_sizes(job)
     if not job.objective.task_head and job.objective.name == "sft":
         coder = encoder(job.tokenizer, job.encoding)
         job.notes += coder.notes
@@ -322,6 +338,16 @@ def settle(job: Job) -> Job:
     }
     job.config = job.config.model_copy(update={"train": job.config.train.model_copy(update=pinned)})
     return job
+
+
+def set_sizes(job: Job) -> list[int]:
+    """Encoded rows of each set of `data.train`, by the files that their rows name."""
+    sizes, at = [], 0
+    for ref in job.config.data.train:
+        count = len(read([ref], job.config, []))
+        sizes.append(len(job.encode(job.train[at : at + count])))
+        at += count
+    return sizes
 
 
 def longest(job: Job) -> int:
@@ -394,6 +420,9 @@ def check_supported(config: Config) -> None:
         and t.steps is None,
         "data.streaming is for sft on local files, with their own column names": config.data.streaming
         and (config.goal[0] != "sft" or bool(config.data.columns) or any(r == "-" for r in config.data.train)),
+        "data.mix is for several sets: give data.train a list of them": config.data.mix and len(config.data.train) < 2,
+        "data.mix reads every set twice: not with data.streaming or standard input (-)": config.data.mix
+        and (config.data.streaming or "-" in config.data.train),
         "train.compile: on is not in this version; leave it auto (which runs without)": t.compile == "on",
         "train.patience counts evaluations: give train.eval_every too": t.patience and not t.eval_every,
         "train.eval_every needs rows to evaluate: give data.eval": t.eval_every and not config.data.eval,

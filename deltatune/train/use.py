@@ -13,7 +13,7 @@ from ..config import Config, Train, resolve
 from ..core.attach import attached, merge
 from ..core.quant import scheme
 from ..core.store import load as load_adapter
-from ..core.store import read_manifest, virtual_ids
+from ..core.store import read_manifest
 from ..data.encode import Encoding
 from ..evaluate.retention import default_texts
 from ..evaluate.score import intervals, score
@@ -21,6 +21,7 @@ from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import model_path
 from .job import Job, measured, model_config, open_model, read
+from .prompts import prompted
 
 WINDOW, WINDOWS = 128, 16  # tokens of a piece of text that a merge is measured on, and how many pieces
 
@@ -44,8 +45,9 @@ def open_adapted(
     if objective:
         record["objective"] = recorded_fields(objective, record.get("objective") or {})
     record.setdefault("objective", {"sft": {}})
-    if "classify" in record["objective"] and not (record["objective"]["classify"] or {}).get("labels"):
-        record["objective"] = {"classify": own_labels(ref, record["objective"]["classify"] or {})}
+    ((kind, fields),) = record["objective"].items()
+    if kind in OWN_HEADS and not (fields or {}).get("labels"):
+        record["objective"] = {kind: own_labels(ref, kind, fields or {})}
     goal = build_objective(record["objective"])
     quant = ((manifest or {}).get("base") or {}).get("quant")
     config = resolve(Config(model={"name": ref, "quant": quant}, data="none")).config
@@ -90,12 +92,15 @@ def recorded_fields(asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[
     return {name: {**(found.get(name) or {}), **(fields or {})}}
 
 
-def own_labels(ref: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+OWN_HEADS = {"classify": "SequenceClassification", "tag": "TokenClassification"}
+
+
+def own_labels(ref: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     """Class names as the base's own configuration has them: for a folder that is a classifier already."""
     if fields.get("kind") == "regression":
         return dict(fields)
     config = model_config(model_path(ref))
-    if not any("SequenceClassification" in name for name in config.architectures or ()):
+    if not any(OWN_HEADS[kind] in name for name in config.architectures or ()):
         raise ValueError(f"{ref} is no classifier, and no run says which classes there are: give --adapter RUN")
     if config.num_labels < 2:
         return {**fields, "kind": "regression"}
@@ -115,7 +120,7 @@ def evaluate_file(
     if not examples:
         raise ValueError(f"{ref}: no rows to measure on")
     objective = build_objective(block)
-    known = objective.name == "sft" or bool(objective.labels) or getattr(objective, "kind", "auto") == "regression"
+    known = objective.name in ("sft", "qa") or bool(objective.labels) or getattr(objective, "kind", "") == "regression"
     objective = settled(objective, examples) if known else objective.fit(examples)
     if hasattr(objective, "bind"):
         objective = objective.bind(tokenizer, kind_of(model))
@@ -124,7 +129,7 @@ def evaluate_file(
         max_length=record.get("max_length") or Train().max_length,
         train_on=getattr(objective, "train_on", "assistant"),
         decoder=kind_of(model) == "seq2seq" and not objective.task_head,
-        prompt_ids=virtual_ids(model, name) if name else (),
+        **prompted(model, name),
     )
     scored = score(Job(config, model, tokenizer, objective, name, encoding, [], examples, {}), examples)
     return {"rows": len(examples), **scored.numbers, "intervals": intervals(scored)}
@@ -132,7 +137,11 @@ def evaluate_file(
 
 def settled(objective: Any, examples: Any) -> Any:
     """An objective with recorded labels, which a file need not hold all. A `kind` left open is read off the rows."""
-    unlabelled = next((e.where for e in examples if objective.name != "sft" and e.label is None), None)
-    if unlabelled:
-        raise ValueError(f"{unlabelled}: the row has no label to compare with (columns text and label)")
+    has = getattr(objective, "has", lambda e: objective.name == "sft" or e.label is not None)
+    bare = next((e.where for e in examples if not has(e)), None)
+    if bare:
+        columns = {"tag": "tokens and tags", "qa": "question, context and answers"}.get(
+            objective.name, "text and label"
+        )
+        raise ValueError(f"{bare}: the row has no label to compare with (columns {columns})")
     return objective.fit(examples) if getattr(objective, "kind", "") == "auto" else objective

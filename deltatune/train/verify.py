@@ -18,7 +18,7 @@ from ..core.quant import scheme, size
 from ..core.registry import identity
 from ..core.site import block_linears
 from ..core.slot import slots
-from ..core.store import canonical, load, read_manifest, read_tensors, state, virtual_ids
+from ..core.store import canonical, load, prompt_sets, read_manifest, read_tensors, state
 from ..data.batch import Batch
 from ..data.check import Sample, pieces
 from ..data.encode import IGNORE, Encoded
@@ -160,7 +160,8 @@ def logits(model: Any, batch: Batch) -> Tensor:
         extra["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
     if model.config.is_encoder_decoder and batch.choices is not None:
         extra["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch.choices[:, 0])
-    out = run(model, batch, **extra).logits.float()
+    found = run(model, batch, **extra)
+    out = (found.logits if "logits" in found else torch.stack([found.start_logits, found.end_logits], -1)).float()
     mask = batch.inputs.get("attention_mask")
     return out * mask[..., None] if mask is not None and out.dim() == 3 and out.shape[:2] == mask.shape else out
 
@@ -222,8 +223,9 @@ def reloads(job: Job, folder: Path) -> Check:
 def moved(job: Job, batch: Batch, name: str) -> Batch:
     """The batch with the live adapter's virtual ids replaced by `name`'s."""
     ids = batch.inputs["input_ids"].clone()
-    for old, new in zip(virtual_ids(job.model, job.adapter), virtual_ids(job.model, name), strict=True):
-        ids[batch.inputs["input_ids"] == old] = new
+    for ours, theirs in zip(prompt_sets(job.model, job.adapter), prompt_sets(job.model, name), strict=True):
+        for old, new in zip(ours, theirs, strict=True):
+            ids[batch.inputs["input_ids"] == old] = new
     return replace(batch, inputs={**batch.inputs, "input_ids": ids})
 
 

@@ -1,0 +1,99 @@
+"""What a soft prompt holds: vectors that virtual token ids, past the vocabulary, stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..core.delta import Delta, Refusal
+from ..core.site import Site, embedding
+
+COMBINES = ("vote", "average")
+COMMON = 5000  # sub-word vocabularies put frequent tokens first; the paper samples from as many
+
+
+class Rows(Delta):
+    """`count` prompts of `length` vectors: ids in [offset, offset + count * length) mean them, in order.
+
+    The layer itself sees id 0 in their place. `encode`: where the vectors come from until `fold` (P-tuning).
+    """
+
+    def __init__(self, layer: nn.Embedding, start: Tensor, length: int, encode: nn.Module | None = None):
+        super().__init__()
+        self.offset, self.size, self.length = first_free(layer), len(start), length
+        self.prompt_embeddings = nn.Parameter(start)  # [count * length, d]; what the encoder reads, where there is one
+        self.ids: Tensor | None = None
+        if encode is not None:
+            self.encode, self.inputs = encode, self.prompt_embeddings
+            del self.prompt_embeddings
+
+    @property
+    def count(self) -> int:
+        return self.size // self.length
+
+    @property
+    def encoded(self) -> bool:
+        return "encode" in self._modules
+
+    def virtual_ids(self, prompt: int = 0) -> tuple[int, ...]:
+        return tuple(self.offset + prompt * self.length + i for i in range(self.length))
+
+    def vectors(self) -> Tensor:
+        """[count * length, d]."""
+        if not self.encoded:
+            return self.prompt_embeddings
+        return self.encode(self.inputs.view(self.count, self.length, -1)).flatten(0, 1)
+
+    def ours(self, ids: Tensor) -> Tensor:
+        return (ids >= self.offset) & (ids < self.offset + self.size)
+
+    def before(self, layer: nn.Module, ids: Tensor) -> Tensor:
+        self.ids = ids
+        return ids.masked_fill(self.ours(ids), 0)
+
+    def after(self, layer: nn.Module, ids: Tensor, y: Tensor) -> Tensor:
+        given, self.ids = self.ids, None
+        if given is None:
+            raise RuntimeError("the embedding's input was not seen: was the forward pass interrupted?")
+        here = self.ours(given)
+        # F.embedding: the backward of indexing by repeated ids is not deterministic on CPU
+        rows = nn.functional.embedding((given - self.offset).masked_fill(~here, 0), self.vectors())
+        return torch.where(here[..., None], rows.to(y.dtype), y)
+
+    def fold(self) -> None:
+        if self.encoded:
+            with torch.no_grad():
+                rows = self.vectors().clone()
+            self.prompt_embeddings = nn.Parameter(rows, self.inputs.requires_grad)
+            del self.encode, self.inputs
+
+    def take_form(self, tensors: Mapping[str, Tensor]) -> None:
+        if "prompt_embeddings" in tensors:
+            self.fold()
+
+
+def first_free(layer: nn.Embedding) -> int:
+    """The first id that neither the vocabulary nor another adapter's prompt uses."""
+    return max([layer.num_embeddings, *(d.offset + d.size for d in layer.modules() if isinstance(d, Rows))])
+
+
+def place(model: nn.Module) -> tuple[Site, nn.Embedding]:
+    """The token embedding, where prompts go in."""
+    name = embedding(model)
+    layer = model.get_submodule(name)
+    if isinstance(layer, nn.Embedding):
+        return Site(name, name), layer
+    raise Refusal(
+        "soft prompts stand for rows of a token embedding.",
+        found=f"{name}: {type(layer).__name__}",
+        instead="Prefix, which needs no embedding",
+    )
+
+
+def sampled(layer: nn.Embedding, count: int) -> list[tuple[int, ...]]:
+    """`count` ids drawn from the common ones with torch's global generator, each once while they last."""
+    common = min(COMMON, layer.num_embeddings)
+    ids = [int(i) for _ in range(-(-count // common)) for i in torch.randperm(common, device="cpu")]
+    return [(i,) for i in ids[:count]]

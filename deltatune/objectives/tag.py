@@ -1,0 +1,105 @@
+"""Tag: a class for every word, read at its first token, p(y_t | x) = softmax(W h_t + b) (BERT, arXiv:1810.04805)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.delta import Refusal
+from ..core.site import head_modules
+from ..data.batch import Batch
+from ..data.encode import Encoded, Encoding
+from ..data.example import Example
+from ..data.places import tagged
+from .common import combined, load, name_classes, run, token_loss
+
+OUTSIDE = "O"
+
+
+@dataclass(frozen=True)
+class Tag:
+    """Token classification (named entities and the like) on rows of tokens and tags.
+
+    labels: tag names in order, which tags given as numbers count into; left out, they are taken from the training set.
+    """
+
+    labels: tuple[str, ...] | None = None
+
+    name = "tag"
+    packs = False
+    task_head = True
+    metrics = ("span_f1", "tag_accuracy")
+
+    def __post_init__(self) -> None:
+        if self.labels is not None:
+            object.__setattr__(self, "labels", tuple(self.labels))
+
+    def has(self, example: Example) -> bool:
+        """Whether the row has what is learned."""
+        return "tags" in example.extra
+
+    def fit(self, examples: Sequence[Example]) -> Tag:
+        """Tag names from the training rows, the one for words outside first."""
+        bare = next((e.where for e in examples if not self.has(e)), None)
+        if bare:
+            raise ValueError(f"{bare}: tag needs the words and their tags in every row (columns tokens and tags)")
+        if self.labels is not None:
+            return self
+        found = {str(tag) for e in examples for tag in e.extra["tags"]}
+        numbers = all(name.isdigit() for name in found)
+        names = sorted(found, key=lambda n: (n != OUTSIDE, int(n) if numbers else 0, n))
+        if len(names) < 2:
+            raise ValueError(f"tag needs two tags or more, the training set has {', '.join(names) or 'none'}")
+        return replace(self, labels=tuple(names))
+
+    def load(self, path: Any, config: Any, **options: Any) -> Any:
+        names = list(self.labels or ())
+        model = load("AutoModelForTokenClassification", path, num_labels=max(len(names), 1), **options)
+        return name_classes(model, names)
+
+    def check(self, model: Any) -> None:
+        """Refusal or ValueError for a model whose head is missing or of another size."""
+        if not head_modules(model):
+            raise Refusal(
+                "tag needs a task head.",
+                found=type(model).__name__,
+                instead="AutoModelForTokenClassification and attach(model, [LoRA(), Head()])",
+            )
+        if (wanted := len(self.labels or ())) != (have := int(model.config.num_labels)):
+            raise ValueError(f"the model's head has {have} outputs, the rows need {wanted}: set num_labels")
+
+    def named(self, tag: Any) -> str:
+        """A tag as a name: a number counts into `labels`, unless it is one of them."""
+        names = self.labels or ()
+        if isinstance(tag, int) and str(tag) not in names and 0 <= tag < len(names):
+            return names[tag]
+        return str(tag)
+
+    def encode(self, example: Example, tokenizer: Any, encoding: Encoding) -> list[Encoded]:
+        tags = tuple(self.named(tag) for tag in example.extra["tags"])
+        example = replace(example, extra={**example.extra, "tags": tags})
+        return [tagged(example, tokenizer, self.labels or (), encoding)]
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        """(sum over the words, metrics)."""
+        loss, metrics = token_loss(run(model, batch).logits, batch.labels)
+        return loss, {"tag_accuracy": metrics["token_accuracy"]}
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, batch: Batch) -> list[tuple[str, ...]]:
+        """A tag for every word of each row; words that were cut off are outside."""
+        names = self.labels or ()
+        chosen = combined(run(model, batch).logits.float(), batch).argmax(-1).tolist()
+        words = [reading.words if reading else () for reading in batch.reading[:: batch.prompts]]
+        lost = OUTSIDE if OUTSIDE in names else names[0]
+        return [
+            tuple(names[row[at]] if at >= 0 else lost for at in places)
+            for row, places in zip(chosen, words, strict=True)
+        ]
+
+    def reference(self, example: Example) -> tuple[str, ...]:
+        return tuple(self.named(tag) for tag in example.extra["tags"])

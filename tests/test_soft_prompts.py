@@ -1,0 +1,348 @@
+"""Prefixes, prompts and P-tuning: the papers' equations, counts and starts, peft as the oracle, its deviations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from peft import PeftModel
+from torch import nn
+
+import tiny_tokenizers as tt
+from conformance import batch, logits, train_step
+from deltatune import Prefix, Prompt, PTuning, attach, load, save, virtual_ids
+from deltatune.core import peft_format
+from deltatune.core.attach import fold, parameters, trainable
+from deltatune.core.slot import deltas
+from deltatune.core.store import prompt_sets, state
+from deltatune.data.batch import pad, side_by_side
+from deltatune.data.encode import Encoded
+from deltatune.methods import METHODS, build
+from deltatune.objectives.common import combined
+from models import inputs, tiny
+from test_methods import bert, fill, llama_3b
+
+
+# ---- prefixes --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("reparam", ["none", "mlp"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_prefix_of_words_is_those_words_in_front(family, reparam):
+    """Real activations: the adapted model on x says what the base says on [words; x]. Words repeat up to `length`."""
+    model = tiny(family)
+    given = inputs(model)
+    words = torch.tensor([[7, 8, 9, 7]]).expand(2, -1)
+    expected = logits(model, {"input_ids": torch.cat([words, given["input_ids"]], 1)})[:, 4:]
+    attach(model, Prefix(4, init="words", ids=(7, 8, 9), reparam=reparam, hidden=8))
+    torch.testing.assert_close(logits(model, given), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "bart"])
+def test_words_start_an_encoder_and_all_three_prefixes(family):
+    model = attach(tiny(family), Prefix(3, init="words", ids=(7, 8, 9)))
+    assert all(d.k.abs().max() > 0.1 for d in deltas(model))  # random ones are below
+    assert logits(model, inputs(model)).isfinite().all()
+
+
+def test_a_reparametrised_prefix_is_an_mlp_until_it_is_folded():
+    """P[i] = W2 tanh(W1 p[i] + b1) + b2 against NumPy, and the same logits and gradients' owner after `fold`."""
+    model = attach(tiny("bert"), Prefix(3, reparam="mlp", hidden=5))
+    found = fill(model)
+    root = found[0].root
+    hidden = np.tanh(array(root.p) @ array(root.up.weight).T + array(root.up.bias))
+    for delta in found:
+        both = (hidden @ array(delta.out.weight).T + array(delta.out.bias)).reshape(3, 2, 4, 8)
+        for now, part in zip(delta.now(), (both[:, 0], both[:, 1]), strict=True):
+            np.testing.assert_allclose(array(now), part.transpose(1, 0, 2), rtol=0, atol=1e-12)
+    before, training = logits(model, inputs(model)), set(parameters(model, "default"))
+    fold(model)
+    assert torch.equal(logits(model, inputs(model)), before)
+    assert {k.rpartition(".")[2] for k in state(model)} == {"k", "v"}
+    assert not training & set(trainable(model))
+    assert all(p.requires_grad for p in trainable(model).values())
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().numpy()
+
+
+@pytest.mark.parametrize("method", [Prefix(3, reparam="mlp", hidden=8), PTuning(3), PTuning(3, "mlp")], ids=str)
+@pytest.mark.parametrize("folded", [False, True])
+def test_saved_before_or_after_the_fold_it_loads_and_trains_on_exactly(tmp_path, method, folded):
+    """peft 0.21 saves only the encoder's output and reads it back as the encoder's input (deviation 1)."""
+    model, other = attach(tiny("llama"), method), tiny("llama")
+    train_step(model)
+    if folded:
+        fold(model)
+    save(model, "default", tmp_path / "a")
+    assert (tmp_path / "a" / peft_format.CONFIG).exists() is folded  # the folded form is one that peft has
+    load(other, tmp_path / "a", "default")
+    assert torch.equal(logits(other, batch(other)), logits(model, batch(model)))
+    for one in (model, other):
+        train_step(one)
+    ours, theirs = state(model), state(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder_has_three_prefixes(family):
+    """Encoder self, decoder self and cross: each changes the output and is trained (deviation 2: peft has one)."""
+    model = attach(tiny(family), Prefix(2))
+    words = ("EncDecAttention", "encoder_attn")
+    kinds: dict[str, list] = {"encoder": [], "decoder": [], "cross": []}
+    for delta in deltas(model):
+        name = delta.site.write
+        kinds["cross" if name.endswith(words) else "decoder" if "decoder" in name else "encoder"].append(delta)
+    assert {kind: len(found) for kind, found in kinds.items()} == {"encoder": 2, "decoder": 2, "cross": 2}
+    with torch.no_grad():
+        for delta in deltas(model):
+            delta.v.zero_()
+    plain = logits(model, inputs(model))
+    for found in kinds.values():
+        with torch.no_grad():
+            for delta in found:
+                delta.v += 1
+        assert (logits(model, inputs(model)) - plain).abs().max() > 1e-3
+        with torch.no_grad():
+            for delta in found:
+                delta.v -= 1
+    model(**inputs(model)).loss.backward()
+    assert all(p.grad.abs().max() > 0 for d in deltas(model) for p in d.parameters() if p is d.v)
+
+
+@pytest.mark.parametrize("reparam", ["none", "mlp"])
+def test_a_prefix_trains_under_gradient_checkpointing(reparam):
+    """peft refuses it (deviation 3)."""
+    grads = []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        model = attach(tiny("llama"), Prefix(3, reparam=reparam, hidden=8)).train()
+        if recompute:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model(**inputs(model)).loss.backward()
+        grads.append({k: p.grad for k, p in trainable(model).items()})
+    for key, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][key], grad, rtol=1e-5, atol=1e-7)
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+def tokens(model: nn.Module, *ids: int) -> torch.Tensor:
+    return model.get_input_embeddings()(torch.tensor(ids)).detach()
+
+
+def prompt_of(model: nn.Module) -> torch.Tensor:
+    (delta,) = deltas(model)
+    return delta.vectors().detach()
+
+
+def test_a_text_is_repeated_or_cut_and_labels_are_followed_by_sampled_words():
+    tokenizer = tt.bert_like("good bad very fine film")
+    text = Prompt(5, init="text", text="very good film").bind(tokenizer)
+    assert text.ids == ((6,), (4,), (8,))
+    model = attach(tiny("llama"), text)
+    assert torch.equal(prompt_of(model), tokens(model, 6, 4, 8, 6, 4))
+    (listed,) = build({"prompt": {"length": 2, "init": "text", "ids": [[6], [4]]}})
+    assert torch.equal(prompt_of(attach(tiny("llama"), listed)), tokens(model, 6, 4))
+    named = Prompt(4, init="labels", labels=("very good", "bad")).bind(tokenizer)
+    assert named.ids == ((6, 4), (5,))
+    rows = prompt_of(attach(tiny("llama"), named))
+    torch.testing.assert_close(rows[0], tokens(model, 6, 4).mean(0))
+    torch.testing.assert_close(rows[1], tokens(model, 5)[0])
+    words = model.get_input_embeddings().weight
+    assert all((words == row).all(-1).any() for row in rows[2:])
+
+
+def test_vocab_is_sampled_by_the_seed_and_is_the_default():
+    """peft starts from N(0, 1) noise by default, which its own benchmark shows to fail (deviation 5)."""
+
+    def drawn(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return prompt_of(attach(tiny("llama"), Prompt(6)))
+
+    rows, words = drawn(0), tiny("llama").get_input_embeddings().weight
+    assert [int((words == row).all(-1).sum()) for row in rows] == [1] * 6
+    assert len({tuple(row.tolist()) for row in rows}) == 6
+    assert torch.equal(rows, drawn(0))
+    assert not torch.equal(rows, drawn(1))
+
+
+def test_several_prompts_start_apart_and_read_each_row_once():
+    model = attach(tiny("llama"), Prompt(2, count=3))
+    sets = prompt_sets(model)
+    assert sets == ((97, 98), (99, 100), (101, 102))
+    assert virtual_ids(model) == (97, 98)
+    assert len({tuple(row.tolist()) for row in prompt_of(model)}) == 6
+    row = Encoded((1, 97, 98, 5), (-100, -100, -100, 5), where="f:1")
+    assert [r.ids for r in side_by_side([row], sets)] == [(1, 97, 98, 5), (1, 99, 100, 5), (1, 101, 102, 5)]
+    together = logits(model, pad(side_by_side([row], sets), 0).inputs)
+    for k, alone in enumerate(side_by_side([row], sets)):
+        torch.testing.assert_close(together[k], logits(model, pad([alone], 0).inputs)[0], rtol=0, atol=1e-5)
+
+
+COMBINED = [  # probabilities of three prompts for two classes -> the chosen class
+    ("vote", [[0.9, 0.1], [0.4, 0.6], [0.45, 0.55]], 1),
+    ("average", [[0.9, 0.1], [0.4, 0.6], [0.45, 0.55]], 0),
+    ("vote", [[0.2, 0.8], [0.6, 0.4], [0.5, 0.5]], 0),
+]
+
+
+@pytest.mark.parametrize(("how", "said", "chosen"), COMBINED)
+def test_prompts_vote_or_are_averaged(how, said, chosen):
+    one = pad([Encoded((1,), None, 0)] * 3, 0)
+    together = type(one)(one.inputs, one.labels, prompts=3, combine=how)
+    assert combined(torch.tensor(said).log(), together).argmax(-1).tolist() == [chosen]
+
+
+def test_two_votes_that_are_equal_go_to_the_likelier():
+    one = pad([Encoded((1,), None, 0)] * 2, 0)
+    together = type(one)(one.inputs, one.labels, prompts=2, combine="vote")
+    assert combined(torch.tensor([[0.9, 0.1], [0.4, 0.6]]).log(), together).argmax(-1).tolist() == [0]
+
+
+# ---- P-tuning --------------------------------------------------------------------------------------------------------
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def direction(x: np.ndarray, w: dict[str, np.ndarray], end: str) -> np.ndarray:
+    """One LSTM direction by hand; x [length, d_in] -> [length, units]."""
+    units = w[f"weight_hh_{end}"].shape[1]
+    h, c, out = np.zeros(units), np.zeros(units), []
+    for step in x[::-1] if end.endswith("reverse") else x:
+        z = w[f"weight_ih_{end}"] @ step + w[f"bias_ih_{end}"] + w[f"weight_hh_{end}"] @ h + w[f"bias_hh_{end}"]
+        i, f, g, o = np.split(z, 4)
+        c = sigmoid(f) * c + sigmoid(i) * np.tanh(g)
+        h = sigmoid(o) * np.tanh(c)
+        out.append(h)
+    return np.array(out[::-1] if end.endswith("reverse") else out)
+
+
+def test_the_prompt_is_mlp_of_bilstm():
+    """The paper's encoder in NumPy, two prompts through one encoder; its gradient by finite differences."""
+    model = attach(tiny("llama"), PTuning(3, count=2))
+    (delta,) = fill(model)
+    w = {name: array(p) for name, p in delta.encode.lstm.named_parameters()}
+    assert w["weight_hh_l1_reverse"].shape == (4 * 16, 16)  # d / 2 units a direction, two layers
+    first, last = delta.encode.mlp[0], delta.encode.mlp[2]
+    for k, x in enumerate(array(delta.inputs).reshape(2, 3, 32)):
+        for layer in ("l0", "l1"):
+            x = np.concatenate([direction(x, w, layer), direction(x, w, f"{layer}_reverse")], 1)
+        x = np.maximum(x @ array(first.weight).T + array(first.bias), 0) @ array(last.weight).T + array(last.bias)
+        np.testing.assert_allclose(array(delta.vectors())[3 * k : 3 * k + 3], x, rtol=0, atol=1e-10)
+    aim = torch.randn(6, 32, dtype=torch.float64)
+    (delta.vectors() * aim).sum().backward()
+    slope = float(delta.inputs.grad[4, 5])
+    with torch.no_grad():
+        delta.inputs[4, 5] += 1e-6
+        up = float((delta.vectors() * aim).sum())
+        delta.inputs[4, 5] -= 2e-6
+        assert (up - float((delta.vectors() * aim).sum())) / 2e-6 == pytest.approx(slope, rel=1e-5)
+
+
+def d_model(d: int):
+    return lambda: hf.BertConfig(hidden_size=d, num_attention_heads=12, num_hidden_layers=1, intermediate_size=8)
+
+
+def gpt2_m():
+    return hf.GPT2Config(n_embd=1024, n_layer=24, n_head=16)
+
+
+def roberta_large():
+    return hf.RobertaConfig(
+        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, hidden_size=1024, num_hidden_layers=24,
+        num_attention_heads=16, intermediate_size=4096,
+    )  # fmt: skip
+
+
+COUNTS = {
+    "prefix 5 GPT-2 M": (gpt2_m, Prefix(5), 245_760),
+    "prefix 5 GPT-2 M in training": (gpt2_m, Prefix(5, reparam="mlp", hidden=512), 25_744_896),
+    "prefix 50 Llama-3.2-3B": (llama_3b, Prefix(50), 2_867_200),
+    "prefix 200 Llama-3.2-3B": (llama_3b, Prefix(200), 11_468_800),
+    "P-tuning v2 128 RoBERTa-large": (roberta_large, Prefix(128), 6_291_456),
+    # d = 768: the encoder's published 8,271,360 = 14 d^2 + 18 d, and the inputs
+    "P-tuning 6 BERT-base": (bert, PTuning(6), 8_271_360 + 6 * 768),
+    "P-tuning MLP 20 Llama-3.2-3B": (llama_3b, PTuning(20, "mlp"), 28_382_208),  # as peft's, of the same shape
+    # the paper's shape where peft's LSTM has 434,371,584 (deviation 4)
+    "P-tuning LSTM 50 Llama-3.2-3B": (llama_3b, PTuning(50), 14 * 3072**2 + 18 * 3072 + 50 * 3072),
+    "prompt 5 x 20 BERT-base": (bert, Prompt(20, count=5), 5 * 20 * 768),
+}
+
+
+@pytest.mark.parametrize("case", COUNTS.values(), ids=COUNTS)
+def test_published_counts(case):
+    config, method, published = case
+    with torch.device("meta"):
+        model = hf.AutoModel.from_config(config())
+        found = list(method.deltas(model))
+    assert sum(p.numel() for _, d in found for p in d.parameters()) == published
+
+
+# ---- peft ----
+def twenty_losses(model: nn.Module, given: dict, chosen: list[nn.Parameter]) -> list[float]:
+    optimizer, losses = torch.optim.AdamW(chosen, lr=1e-2, weight_decay=0.01), []
+    for _ in range(20):
+        loss = model(**given).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+ORACLES = {"prefix": Prefix(4), "prompt": Prompt(4)}
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ORACLES)
+def test_twenty_steps_go_as_in_peft(tmp_path, family, name):
+    """From the same start: equal logits and equal losses."""
+    model, given = attach(tiny(family), ORACLES[name]), batch(tiny(family), None)
+    theirs = PeftModel.from_pretrained(tiny(family), str(save(model, "default", tmp_path / "a")))
+    (start,) = [p.requires_grad_() for name, p in theirs.named_parameters() if "prompt_encoder" in name]
+    own = batch(model)
+    with torch.no_grad():
+        wanted = theirs.eval()(**{k: v for k, v in given.items() if k != "labels"}).logits
+        torch.testing.assert_close(logits(model, own), wanted, rtol=0, atol=2e-5)
+    own["labels"] = torch.cat([torch.full((2, own["input_ids"].shape[1] - 7), -100), given["input_ids"]], 1)
+    losses = twenty_losses(model, own, list(trainable(model).values()))
+    assert losses[-1] < losses[0] - 0.01
+    asked = {**given, "labels": given["input_ids"]}
+    np.testing.assert_allclose(losses, twenty_losses(theirs, asked, [start]), rtol=0, atol=2e-4)
+
+
+# ---- mistakes ----
+MISTAKES = [
+    (Prefix, {"init": "word"}, "Prefix init 'word': choose from random, words. Did you mean 'words'"),
+    (Prefix, {"reparam": "lstm"}, "Prefix reparam 'lstm': choose from none, mlp"),
+    (Prefix, {"hidden": 0}, "Prefix hidden must be a whole number >= 1, got 0"),
+    (Prefix, {"init": "words"}, "init 'words' needs words"),
+    (Prefix, {"words": "a b"}, "init 'random', words 'a b'"),
+    (Prompt, {"init": "txt"}, "Prompt init 'txt': choose from vocab, uniform, text, labels.* Did you mean 'text'"),
+    (Prompt, {"init": "text"}, "init 'text' needs text"),
+    (Prompt, {"labels": ("a",)}, "needs labels, no other does: init 'vocab'"),
+    (Prompt, {"count": 0}, "Prompt count must be a whole number >= 1, got 0"),
+    (Prompt, {"combine": "mean"}, "Prompt combine 'mean': choose from vote, average"),
+    (Prompt, {"length": 1, "init": "labels", "labels": ("a", "b")}, "length 1 is too short for 2 labels"),
+    (Prompt, {"count": 2, "init": "text", "text": "a"}, "2 prompts that start from the same words would stay the same"),
+    (PTuning, {"encoder": "gru"}, "PTuning encoder 'gru': choose from lstm, mlp"),
+    (PTuning, {"length": 0}, "PTuning length must be .* got 0"),
+]
+
+
+@pytest.mark.parametrize(("method", "fields", "said"), MISTAKES)
+def test_a_wrong_value_is_an_error_that_shows_it(method, fields, said):
+    with pytest.raises(ValueError, match=said):
+        method(**fields)
+
+
+@pytest.mark.parametrize("method", [Prefix(init="words", words="a"), Prompt(init="text", text="a")], ids=str)
+def test_words_that_are_no_ids_yet_say_what_to_do(method):
+    with pytest.raises(ValueError, match=r"\.bind\(tokenizer\)"):
+        attach(tiny("llama"), method)
+
+
+def test_the_default_of_every_soft_method_is_registered():
+    assert {"prefix", "prompt", "ptuning"} <= set(METHODS)
