@@ -91,6 +91,8 @@ class Model(Section):
     """Commit or tag of a hub id."""
     dtype: Numbers = "auto"
     """Number format of the base weights."""
+    add_tokens: Refs = ()
+    """New words of the vocabulary; their rows are trained beside the method, and kept with the adapter."""
     quant: None = None
     """Not in this version."""
 

@@ -144,9 +144,9 @@ def test_the_base_side_is_the_base_and_another_adapter_can_be_opened(tmp_path):
     assert tuned.text != base.text
     detach(model, "default")
     for _ in range(2):  # the second time another adapter is there
-        opener(model)(tmp_path)
+        opener(model, None)(tmp_path)
         assert len(attached(model)) == 1
         assert speak(asked, True, 0.0).text == tuned.text
     with pytest.raises(ValueError, match="no such adapter folder"):
-        opener(model)(tmp_path / "none")
+        opener(model, None)(tmp_path / "none")
     assert len(attached(model)) == 1

@@ -196,7 +196,7 @@ def speaker(model: Any, tokenizer: Any, max_new_tokens: int, seed: int) -> Speak
     return speak
 
 
-def opener(model: Any) -> Callable[[Path], None]:
+def opener(model: Any, tokenizer: Any) -> Callable[[Path], None]:
     """Replace the attached adapters by the one of another folder; a folder that does not fit changes nothing."""
 
     def open_adapter(folder: Path) -> None:
@@ -207,7 +207,7 @@ def opener(model: Any) -> Callable[[Path], None]:
             raise ValueError(f"{folder}: there is no such adapter folder")
         before = attached(model)
         name = next(name for name in ("chat", "chat_") if name not in before)
-        load(model, folder / "adapter" if (folder / "adapter").is_dir() else folder, name)
+        load(model, folder / "adapter" if (folder / "adapter").is_dir() else folder, name, tokenizer=tokenizer)
         for old in before:
             detach(model, old)
 
@@ -258,7 +258,7 @@ def chat(
         loaded, tokenizer, _ = opened(model, adapter)
         console, has = screen(), adapter is not None
         speak = speaker(loaded, tokenizer, max_new_tokens, seed)
-        talk = Chat(speak, console, opener(loaded), has, has, temperature, system)
+        talk = Chat(speak, console, opener(loaded, tokenizer), has, has, temperature, system)
         talk.tell("/help lists the commands, /quit ends")
         for line in lines(console):
             if not talk.handle(line):

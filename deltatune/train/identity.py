@@ -28,6 +28,8 @@ def described(job: Job) -> dict[str, Any]:
         "max_length": job.encoding.max_length,
         "precision": t.precision,
     }
+    if words := job.config.model.add_tokens:
+        found["added tokens"] = words
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
 

@@ -18,7 +18,7 @@ from torch import nn
 from ..config import Config
 from ..core.attach import activate, attach, attached, each, known, packing, trainable
 from ..core.site import head_modules
-from ..core.store import virtual_ids
+from ..core.store import add_tokens, virtual_ids
 from ..data import formats
 from ..data.batch import Batch, Batching, pack, pad, plan
 from ..data.check import remarks
@@ -30,7 +30,8 @@ from ..data.stream import Order, stream
 from ..evaluate.incontext import Prompt
 from ..evaluate.score import measurable
 from ..methods import build as build_methods
-from ..methods.freeze import Head
+from ..methods.freeze import Full, Head
+from ..methods.tokens import NewTokens
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
@@ -231,12 +232,20 @@ def dtype(config: Config) -> torch.dtype:
     return DTYPES[asked] if asked else best_dtype()
 
 
-def methods(config: Config, objective: Any) -> tuple[Any, ...]:
-    """The configured methods; a task head is always trained beside them."""
+def methods(config: Config, objective: Any, added: tuple[int, ...] = ()) -> tuple[Any, ...]:
+    """The configured methods; a task head and the rows of `added` tokens are always trained beside them."""
     found = build_methods([dict(block) for block in config.method])
+    if added and not any(isinstance(m, NewTokens | Full) for m in found):
+        found = (*found, NewTokens(added))
+    found = tuple(with_rows(m, added) if isinstance(m, NewTokens) and added else m for m in found)
     if objective.task_head and not any(isinstance(m, Head) or m.method_name == "full" for m in found):
         found = (*found, Head())
     return found
+
+
+def with_rows(tokens: NewTokens, added: tuple[int, ...]) -> NewTokens:
+    """The rows of `added` too; where no ids were given, theirs alone."""
+    return replace(tokens, ids=added if tokens == NewTokens() else tuple(dict.fromkeys((*tokens.ids, *added))))
 
 
 def prepare(config: Config) -> Job:
@@ -246,11 +255,15 @@ def prepare(config: Config) -> Job:
     train, held, ood = read_sets(config, notes)
     objective = build_objective(config.objective).fit(train)
     model, tokenizer = open_model(config, objective)
+    words = list(config.model.add_tokens)
+    added = add_tokens(model, tokenizer, words) if words else ()
+    if added:
+        notes.append(f"{len(added)} tokens are added; before training, each is the mean of all the others")
     job = Job(config, model, tokenizer, objective, ADAPTER, Encoding(), train, held, ood, notes=notes)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.train.seed)
-        attach(model, methods(config, objective), ADAPTER)
+        attach(model, methods(config, objective, added), ADAPTER)
     return settle(job)
 
 

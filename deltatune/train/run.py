@@ -18,6 +18,7 @@ from ..config import Config, Data, Eval, Train, dump, load, resolve
 from ..core.attach import activate, known
 from ..core.registry import spec
 from ..core.store import save, state
+from ..core.vocabulary import words
 from ..data.problems import nearest
 from ..evaluate.incontext import Prompt
 from ..evaluate.score import score
@@ -118,7 +119,9 @@ def train(model: Any, objective: Any, *, data: Any, adapter: str = "default", ou
     goal = record(build_objective(objective))
     blocks = [{name: fields} for block in methods_of(model, adapter) for name, fields in block.items()]
     name = str(getattr(model.config, "_name_or_path", "") or IN_MEMORY)
-    config = resolve(Config(model=name, method=blocks, objective=goal, **sections)).config
+    trained = {name for block in blocks for name in block} & {"tokens", "full"}
+    base = {"name": name, "add_tokens": list(words(model)) if trained else []}
+    config = resolve(Config(model=base, method=blocks, objective=goal, **sections)).config
     observers = (progress(save_every=config.train.save_every or 0),) if talks else observers
     folder, clock = place(config, Path(out) if out else None), Clock(observers)
     with clock.phase("prepare"), claimed(folder):

@@ -45,7 +45,7 @@ def open_adapted(
     config = resolve(Config(model=ref, data="none")).config
     model, tokenizer = open_model(config, goal)
     if folder is not None:
-        load_adapter(model, folder, "default")
+        load_adapter(model, folder, "default", tokenizer=tokenizer)
     return model.eval(), tokenizer, record
 
 
