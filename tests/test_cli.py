@@ -140,7 +140,7 @@ WRONG = [
     (["train", "--nproc", "2"], "2 processes are not in this version"),
     (["resume", "nowhere"], "nowhere: there is no such run folder"),
     (["eval", "--data", "d"], "--model REF or --adapter DIR must be given"),
-    (["eval", "--data", "d", "--model", "m", "--set", "train.lr=1"], "only eval.* can be set here"),
+    (["eval", "--data", "d", "--model", "m", "--set", "train.lr=1"], "only eval, data.format, data.columns can be set here"),
     (["eval", "--data", "d", "--model", "m", "--objective", "sff"], "did you mean 'sft'"),
     (["eval", "--data", "d", "--adapter", "nowhere"], "there is no such adapter folder"),
     (["generate", "--model", "m"], "give --prompt TEXT or --data FILE"),

@@ -28,6 +28,7 @@ from .vocabulary import WORDS, grow, teach, unseeded, vocabulary, words
 
 MANIFEST, OWN = "deltatune.json", "adapter.safetensors"
 OURS = (MANIFEST, OWN, TENSORS, CONFIG)
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave where somebody looked
 FORMAT = 1
 SHAPE = {"methods": list, "base": dict, "tensors": dict, "file": str, "sha256": str}
 SHAPE |= {"base.fingerprint": str, "base.class": str}
@@ -101,7 +102,8 @@ def check_place(folder: Path) -> None:
         return
     if not folder.is_dir() or folder.is_symlink():
         raise ValueError(f"{folder} exists and is no plain folder: choose another place, nothing was overwritten")
-    strangers = sorted(p.name for p in folder.iterdir() if p.name not in OURS or p.is_symlink() or not p.is_file())
+    allowed = (*OURS, *LITTER)
+    strangers = sorted(p.name for p in folder.iterdir() if p.name not in allowed or p.is_symlink() or not p.is_file())
     if strangers:
         more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
         raise ValueError(

@@ -97,7 +97,7 @@ class Job:
             data, t = self.config.data, self.config.train
             format = None if data.format == "auto" else data.format
             return Flow(Source(streamed(data.train), self.encode, format, t.seed), self.batching(), t.accumulate)
-        lengths = [max(len(r.ids), len(r.labels or ())) for r in self.rows]
+        lengths = [row.length for row in self.rows]
         batching, seed = self.batching(), self.config.train.seed
         return Sampler(lambda epoch: plan(lengths, batching, seed, epoch), self.config.train.accumulate)
 
@@ -128,11 +128,19 @@ class Job:
         for example in examples:
             problems.accept()
             try:
+                self.ends(example)
                 found += self.objective.encode(example, self.tokenizer, encoding or self.encoding)
             except BadRow as fault:
                 problems.retract(fault)
         problems.refuse()
         return found
+
+    def ends(self, example: Example) -> None:
+        """An encoder-decoder classifies at the end-of-sequence token: BadRow for a text that holds one of its own."""
+        end, reads = self.tokenizer.eos_token, self.objective.task_head and kind_of(self.model) == "seq2seq"
+        if reads and end and any(end in text for text in (example.text, example.text_pair) if text):
+            reason = f"the text holds {end!r}, where the model reads the class"
+            raise BadRow("control_token", example.where, "text", reason, "Remove it, or write it differently")
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return trainable(self.model, self.adapter)
@@ -277,15 +285,11 @@ def settle(job: Job) -> Job:
         decoder=kind_of(job.model) == "seq2seq" and not job.objective.task_head,
         prompt_ids=virtual_ids(job.model, job.adapter),
     )
-    job.rows = job.encode(job.train)
-    if not job.objective.task_head and job.objective.name == "sft":
-        coder = encoder(job.tokenizer, job.encoding)
-        job.notes += coder.notes
-        if coder.truncated:
-            job.notes.append(f"{coder.truncated} rows are cut to max_length, {coder.lost_tokens} tokens are lost")
-    for rows in (job.eval, *job.ood.values()):
+    job.rows = told(job, "training", job.train)
+    fitting(job)
+    for name, rows in {"evaluation": job.eval, **job.ood}.items():
         if rows:  # a row that cannot be measured is better known now than after hours
-            job.encode(rows)
+            told(job, name, rows)
             measurable(job, rows)
     job.recompute = recomputes(job)
     pinned = {
@@ -297,23 +301,56 @@ def settle(job: Job) -> Job:
     return job
 
 
+def told(job: Job, name: str, examples: Sequence[Example]) -> list[Encoded]:
+    """A set's rows as tokens, with a note of what max_length cuts off them."""
+    coder = encoder(job.tokenizer, job.encoding)
+    cut, lost = coder.truncated, coder.lost_tokens
+    rows = job.encode(examples)
+    cut, lost = coder.truncated - cut, coder.lost_tokens - lost
+    job.notes += [note for note in coder.notes if note not in job.notes]
+    if cut:
+        most = job.encoding.max_length
+        job.notes.append(f"{name}: {cut} rows are cut to max_length {most}, {lost} tokens are lost")
+    return rows
+
+
+def fitting(job: Job) -> None:
+    """ValueError for training rows that no batch can hold, before anything is measured."""
+    most = job.batching().tokens
+    long = {row.where: row.length for row in job.rows if most and row.length > most}
+    if long:
+        longest, shown = max(long.values()), ", ".join(list(long)[:5])
+        raise ValueError(
+            f"{len(long)} rows are longer than train.batch_tokens {most} ({shown}; up to {longest} tokens). "
+            f"Raise train.batch_tokens to {longest}, or lower train.max_length to {most}"
+        )
+
+
+def places(config: Any) -> int | None:
+    """How many positions a model of this configuration has; None: no fixed number."""
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int) or found < 1:
+        return None
+    # some are numbered from after the padding id
+    return found - (int(config.pad_token_id or 0) + 1 if config.model_type in OFFSET_POSITIONS else 0)
+
+
 def longest(job: Job) -> int:
     """train.max_length, or what the model has positions for."""
     wanted, config = job.config.train.max_length, job.model.config
-    places = getattr(config, "max_position_embeddings", None)
-    if not isinstance(places, int) or places < 1:
+    room = places(config)
+    if room is None:
         return wanted
-    if config.model_type in OFFSET_POSITIONS:  # numbered from after the padding id
-        places -= int(config.pad_token_id or 0) + 1
-    places -= known(job.model, job.adapter).shifts.get(job.adapter, 0)
-    if places < 1:
+    taken = known(job.model, job.adapter).shifts.get(job.adapter, 0) if job.adapter else 0
+    room -= taken
+    if room < 1:
         raise ValueError(
             f"the prefix leaves no room: {config.model_type} has {config.max_position_embeddings} positions, and the "
-            f"adapter takes {known(job.model, job.adapter).shifts[job.adapter]} of them; choose a shorter one"
+            f"adapter takes {taken} of them; choose a shorter one"
         )
-    if places < wanted:
-        job.notes.append(f"rows may have {places} tokens, not {wanted}: {config.model_type} has no more positions")
-    return min(places, wanted)
+    if room < wanted:
+        job.notes.append(f"rows may have {room} tokens, not {wanted}: {config.model_type} has no more positions")
+    return min(room, wanted)
 
 
 def recomputes(job: Job) -> bool:

@@ -28,11 +28,13 @@ from . import evidence, memory, verify
 from .checkpoint import Store
 from .folder import Finished, Run, base_of, claimed, environment, finish, finished, place, verified, write, write_json
 from .guard import GuardStop, Interrupted, Stop, VerificationError, signals
-from .identity import demand_same
+from .identity import demand_same, rows_will_change
 from .job import Job, from_model, in_training, prepare
+from .lasting import lasting
 from .loop import Loop, Settings, Step
 from .optim import sane_lr
 from .progress import peak_bytes, progress, show
+from .streaming import BadStream
 from .use import evaluate_file, open_adapted, record_of
 
 STARTED = "before.json"  # in checkpoints/: what was measured before step 1, so that a resumed run need not repeat it
@@ -78,7 +80,7 @@ def quickstart(out: Path | None = None, observers: Sequence[Any] = ()) -> Run:
 
 def start(config: Config, folder: Path, observers: Sequence[Any]) -> Run:
     clock = Clock(observers)
-    with clock.phase("prepare"), claimed(folder):
+    with clock.phase("prepare"), claimed(folder), lasting(config, folder) as config:
         job = prepare(config)
         job.baselines = demo_prompts(config)
     return execute(job, folder, clock)
@@ -124,7 +126,7 @@ def train(model: Any, objective: Any, *, data: Any, adapter: str = "default", ou
     config = resolve(Config(model=base, method=blocks, objective=goal, **sections)).config
     observers = (progress(save_every=config.train.save_every or 0),) if talks else observers
     folder, clock = place(config, Path(out) if out else None), Clock(observers)
-    with clock.phase("prepare"), claimed(folder):
+    with clock.phase("prepare"), claimed(folder), lasting(config, folder) as config:
         job = from_model(model, objective, config, {"adapter": adapter, "tokenizer": tokenizer})
     done = execute(job, folder, clock)
     activate(model, adapter)
@@ -198,6 +200,9 @@ def execute(job: Job, folder: Path, clock: Clock) -> Run:
                 return closing(job, folder, opened, loop, clock)
     except Interrupted:
         return Run(folder, "interrupted", {"signal": stop.signal, "step": step})
+    except BadStream:
+        rows_will_change(store)
+        raise
 
 
 @contextmanager
