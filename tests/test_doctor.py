@@ -4,11 +4,11 @@ import json
 import shutil
 import time
 
-import models
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import models
 from deltatune.cli import main
 from deltatune.core.attach import attach
 from deltatune.core.store import save

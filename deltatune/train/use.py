@@ -119,9 +119,9 @@ def few_shot(job: Job, examples: Sequence[Example], shown: Sequence[Example]) ->
     wanted = [reference(asked, example) for example in examples]
     decoding = Decoding(job.config.eval.max_new_tokens)
     said = predict(job.model, job.tokenizer, asked, examples, shown, decoding)
-    names = [name for name in metrics_for(job, examples) if name not in FROM_LOSS]
-    numbers = {name: find(name).compute(said, wanted) for name in names}
-    return Scored(own.loss, numbers | own.metrics, said, wanted)
+    names = metrics_for(job, examples)
+    numbers = {name: find(name).compute(said, wanted) for name in names if name not in FROM_LOSS}
+    return Scored(own.loss, numbers | own.metrics if "perplexity" in names else numbers, said, wanted)
 
 
 def kept(job: Job) -> dict[str, Any]:
