@@ -96,6 +96,8 @@ class Model(Section):
     """Commit or tag of a hub id."""
     dtype: Numbers = "auto"
     """Number format of the base weights."""
+    add_tokens: Refs = ()
+    """New words of the vocabulary; their rows are trained beside the method, and kept with the adapter."""
     quant: Annotated[Literal["nf4"] | None, BeforeValidator(packing)] = None
     """nf4: 4-bit base weights (needs bitsandbytes); left out: as they are."""
 

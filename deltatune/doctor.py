@@ -275,7 +275,8 @@ def adapter(folder: Path) -> Iterator[Check]:
     """The adapter's tensors are the ones its manifest describes."""
     saved = folder / "adapter"
     if not saved.is_dir():
-        yield Check("adapter", "not there", None, "written by a finished run")
+        ended = (folder / "eval.json").is_file()
+        yield Check("adapter", "not there", False if ended else None, GONE if ended else "written by a finished run")
         return
     from deltatune.core.store import read_manifest, read_tensors
 

@@ -16,9 +16,12 @@ def talk(**settings) -> tuple[Chat, list]:
     """A chat whose model answers with what it was asked and how; and the list of those calls."""
     calls: list = []
 
-    def speak(messages, adapter, temperature):
+    def speak(messages, adapter, temperature, show):
         calls.append((list(messages), adapter, temperature))
-        return Reply(f"{'tuned' if adapter else 'base'} #{len(messages)} \x1b[31m[bold]", 5, 2.0)
+        text = f"{'tuned' if adapter else 'base'} #{len(messages)} \x1b[31m[bold]"
+        show(text[:9])
+        show(text[9:])
+        return Reply(text, 5, 2.0)
 
     screen = Console(file=io.StringIO(), width=100, force_terminal=False)
     return Chat(speak, screen, **settings), calls
@@ -125,6 +128,7 @@ def test_quit_ends_and_every_command_has_help():
 def test_the_base_side_is_the_base_and_another_adapter_can_be_opened(tmp_path):
     from deltatune.core.attach import attach, attached, detach, trainable
     from deltatune.core.store import save
+    from deltatune.evaluate.generate import Decoding, answers
     from deltatune.methods.lora import LoRA
 
     tokenizer = byte_level(CHATML)
@@ -132,21 +136,24 @@ def test_the_base_side_is_the_base_and_another_adapter_can_be_opened(tmp_path):
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     enliven(model)
     asked = [{"role": "user", "content": "hi"}]
-    base = speaker(model, tokenizer, 8, 0)(asked, False, 0.0)
+    base = speaker(model, tokenizer, 8, 0)(asked, False, 0.0, print)
     attach(model, LoRA(r=4, targets=("all",)))
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.fill_(0.3)
     save(model, "default", tmp_path / "adapter")
     speak = speaker(model, tokenizer, 8, 0)
-    tuned = speak(asked, True, 0.0)
-    assert speak(asked, False, 0.0).text == base.text
+    pieces: list[str] = []
+    tuned = speak(asked, True, 0.0, pieces.append)
+    assert len(pieces) > 1  # as they are made
+    assert "".join(pieces) == tuned.text == answers(model, tokenizer, [asked], Decoding(8)).texts[0]
+    assert speak(asked, False, 0.0, print).text == base.text
     assert tuned.text != base.text
     detach(model, "default")
     for _ in range(2):  # the second time another adapter is there
-        opener(model)(tmp_path)
+        opener(model, None)(tmp_path)
         assert len(attached(model)) == 1
-        assert speak(asked, True, 0.0).text == tuned.text
+        assert speak(asked, True, 0.0, print).text == tuned.text
     with pytest.raises(ValueError, match="no such adapter folder"):
-        opener(model)(tmp_path / "none")
+        opener(model, None)(tmp_path / "none")
     assert len(attached(model)) == 1

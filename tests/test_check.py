@@ -189,3 +189,33 @@ def test_random_damage_never_raises(tmp_path):
         assert report.problems.good >= 0
         assert report.problems.good or report.problems.errors
         assert json.dumps(report.to_json())
+
+
+HELD = [
+    ("nowhere.jsonl", None, "missing_file"),
+    ("empty.jsonl", "", "empty_file"),
+    ("broken.jsonl", '{"prompt": \n', "broken_json"),
+    ("half.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": 1\n', "broken_json"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "kind"), HELD)
+def test_an_evaluation_set_that_cannot_be_used_is_an_error_and_no_claim(tmp_path, name, text, kind):
+    rows = written(tmp_path, [{"prompt": "a", "completion": "b"}])
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    report = check(rows, eval_ref=tmp_path / name)
+    shown = Console(file=io.StringIO(), width=200)
+    report.print(shown)
+    assert not report.ok
+    assert report.to_json()["leaked"] is None
+    assert "no leakage" not in shown.file.getvalue()
+    assert [p.count for p in report.errors] == [1]
+    assert name in report.to_json()["errors"][0]["file"]
+
+
+def test_a_row_without_its_answer_names_keys_there_are(tmp_path):
+    rows = written(tmp_path, [{"prompt": "ab " * 50, "completion": "b"}])
+    (problem,) = check(rows, TOKENIZER, how=Reading(encoding=Encoding(max_length=16))).errors
+    assert "Raise train.max_length to " in problem.fix
+    assert "truncate" not in problem.fix

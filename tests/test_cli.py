@@ -12,9 +12,9 @@ import typer
 from typer.testing import CliRunner
 
 from deltatune.cli import main
-from deltatune.commands.adapted import located, measuring
+from deltatune.commands.adapted import located
 from deltatune.commands.shell import ENVIRONMENT, Shell, emit, quiet_stdout, strict, verdict
-from deltatune.commands.train import batch_line, finish, given
+from deltatune.commands.train import batch_line, chosen, finish, given
 from deltatune.config import Config, ConfigError
 
 
@@ -141,7 +141,10 @@ WRONG = [
     (["train", "--nproc", "2"], "2 processes are not in this version"),
     (["resume", "nowhere"], "nowhere: there is no such run folder"),
     (["eval", "--data", "d"], "--model REF or --adapter DIR must be given"),
-    (["eval", "--data", "d", "--model", "m", "--set", "train.lr=1"], "only eval.* can be set here"),
+    (
+        ["eval", "--data", "d", "--model", "m", "--set", "train.lr=1"],
+        "only eval, data.format, data.columns can",
+    ),
     (["eval", "--data", "d", "--model", "m", "--objective", "sff"], "did you mean 'sft'"),
     (["eval", "--data", "d", "--adapter", "nowhere"], "there is no such adapter folder"),
     (["generate", "--model", "m"], "give --prompt TEXT or --data FILE"),
@@ -276,8 +279,8 @@ def test_the_effective_batch_is_said(train, line):
 
 
 def test_eval_settings_come_from_set():
-    assert measuring(["eval.rows=3", "eval.metrics=accuracy"]).rows == 3
-    assert measuring(None).rows is None
+    assert chosen(["eval.rows=3", "eval.metrics=accuracy"], ("eval",)).eval.rows == 3
+    assert chosen(None, ("eval",)).eval.rows is None
 
 
 # ---- runs and adapters -----------------------------------------------------------------------------------------------

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 
 from deltatune.commands.methods import Json
 from deltatune.commands.runs import read_json, settings
-from deltatune.commands.shell import emit, machine, main, screen
-from deltatune.commands.train import Sets, given
+from deltatune.commands.shell import emit, machine, main, note, screen
+from deltatune.commands.train import Sets, chosen
 from deltatune.config import load
 from deltatune.marks import read_value
 from deltatune.terminal import plain
 
 Model = Annotated[str | None, typer.Option("--model", help="Base model; left out: the one the adapter's run names.")]
+READ = ("format", "columns")
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="An adapter folder, or the run folder that holds it.")]
 
 
@@ -49,13 +50,10 @@ def opened(model: str | None, adapter: Path | None, objective: Any = None) -> tu
     return open_adapted(ref, folder, objective)
 
 
-def measuring(sets: Sequence[str] | None) -> Any:
-    """The eval section of a configuration with `--set eval.x=y` applied; other sections are refused."""
-    overrides = given({}, sets)
-    foreign = [override.name for override in overrides if not override.name.startswith("eval.")]
-    if foreign:
-        raise ValueError(f"--set {foreign[0]}: only eval.* can be set here")
-    return load({"model": "any", "data": "any"}, overrides).config.eval
+def reading(record: dict[str, Any], data: Any) -> dict[str, Any]:
+    """How rows are read: as `--set data.format` and `data.columns` say, else as the adapter's run recorded."""
+    said = {key: getattr(data, key) for key in READ if key in data.model_fields_set}
+    return {key: record[key] for key in READ if key in record} | said
 
 
 @main.command("eval")
@@ -63,6 +61,7 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Rows to measure on.")],
     model: Model = None,
     adapter: Adapter = None,
+    examples: Annotated[str | None, typer.Option(help="Rows that the examples of eval.shots are drawn from.")] = None,
     objective: Annotated[
         str | None, typer.Option(help="sft, classify, cloze, choice, or YAML; left out: the run's.")
     ] = None,
@@ -70,7 +69,11 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Measure a model, with or without an adapter, on a file."""
-    section = measuring(set_)
+    config = chosen(set_, ("eval", *(f"data.{key}" for key in READ)))
+    if bool(config.eval.shots) != (examples is not None):
+        raise ValueError(
+            "examples in the prompt need both: --set eval.shots=N and --examples FILE, the rows they are from"
+        )
     wanted = None
     if objective is not None:
         tree = {"model": "any", "data": "any", "objective": read_value(objective)}
@@ -78,21 +81,26 @@ def evaluate(
     loaded, tokenizer, record = opened(model, adapter, wanted)
     from deltatune.train.run import evaluate_file
 
-    result = evaluate_file(loaded, tokenizer, record, data, section)
+    record |= reading(record, config.data)
+    result = evaluate_file(loaded, tokenizer, record, data, config.eval, examples)
+    for text in result["notes"]:
+        note(text)
     if machine():
         emit(result)
         return
     for key, value in result.items():
+        if key == "notes":
+            continue
         screen().print(plain(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"), markup=False)
 
 
-def prompts_of(ref: str) -> list[Any]:
+def prompts_of(ref: str, record: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
     """The rows of a data reference as examples; every row that cannot be used is named with its line."""
     from deltatune.data.formats import examples
     from deltatune.data.problems import Problems
 
     problems = Problems()
-    found = list(examples(ref, problems))
+    found = list(examples(ref, problems, record.get("format"), record.get("columns", ())))
     problems.refuse()
     return found
 
@@ -118,13 +126,15 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as plain text, without chat template.")
     ] = False,
+    set_: Sets = None,
     json_: Json = False,
 ) -> None:
     """Answer prompts."""
     if bool(prompt) == (data is not None):
         raise ValueError("give --prompt TEXT or --data FILE, one of them")
-    asked: list[Any] = prompts_of(data) if data is not None else list(prompt or ())
-    loaded, tokenizer, _ = opened(model, adapter)
+    reads = chosen(set_, tuple(f"data.{key}" for key in READ)).data
+    loaded, tokenizer, record = opened(model, adapter)
+    asked: list[Any] = prompts_of(data, reading(record, reads)) if data is not None else list(prompt or ())
     from deltatune.evaluate.generate import Decoding, answers
 
     chat = bool(getattr(tokenizer, "chat_template", None)) and not raw

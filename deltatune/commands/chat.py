@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +33,8 @@ class Reply:
     seconds: float
 
 
-Speaker = Callable[[Sequence[Message], bool, float], Reply]  # messages, adapter on?, temperature -> reply
+Show = Callable[[str], None]
+Speaker = Callable[[Sequence[Message], bool, float, Show], Reply]  # messages, adapter on?, temperature, pieces -> reply
 
 
 @dataclass
@@ -80,15 +82,21 @@ class Chat:
         """Ask, show the answer, keep both; after an error or Ctrl-C neither is kept."""
         asked = {"role": "user", "content": text}
         try:
-            self.last = self.speak(self.messages(asked), self.adapter, self.temperature)
+            self.last = self.speak(self.messages(asked), self.adapter, self.temperature, self.show)
         except KeyboardInterrupt:
+            self.console.print()
             self.tell("interrupted; the message was not kept")
             return
         except ValueError as error:
             self.tell(f"{error}")
             return
         self.turns += [asked, {"role": "assistant", "content": self.last.text}]
-        self.console.print(plain(self.last.text), markup=False, soft_wrap=True)
+        self.console.print()
+
+    def show(self, piece: str) -> None:
+        """A piece of the answer, as soon as it is made."""
+        self.console.print(plain(piece), markup=False, soft_wrap=True, end="")
+        self.console.file.flush()
 
     def set_system(self, text: str) -> None:
         """/system [TEXT]"""
@@ -129,7 +137,7 @@ class Chat:
         table = Table(expand=True)
         table.add_column("base", ratio=1, overflow="fold")
         table.add_column("adapter", ratio=1, overflow="fold")
-        base, tuned = (self.speak(asked, on, self.temperature) for on in (False, True))
+        base, tuned = (self.speak(asked, on, self.temperature, lambda piece: None) for on in (False, True))
         table.add_row(Text(plain(base.text)), Text(plain(tuned.text)))
         self.console.print(table)
 
@@ -182,21 +190,31 @@ COMMANDS: dict[str, Callable[[Chat, str], bool | None]] = {
 def speaker(model: Any, tokenizer: Any, max_new_tokens: int, seed: int) -> Speaker:
     """Answers of a loaded model; without its adapter it is exactly the base."""
     from deltatune.core.attach import attached, disabled
-    from deltatune.evaluate.generate import Decoding, answers
+    from deltatune.evaluate.generate import Decoding, answers, stream
 
-    def speak(messages: Sequence[Message], adapter: bool, temperature: float) -> Reply:
+    def speak(messages: Sequence[Message], adapter: bool, temperature: float, show: Show) -> Reply:
         decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + len(messages))
         prompt: Any = list(messages)
         if not getattr(tokenizer, "chat_template", None):
             prompt = "\n".join(message["content"] for message in messages)
         with nullcontext() if adapter or not attached(model) else disabled(model):
-            found = answers(model, tokenizer, [prompt], decoding)
-        return Reply(found.texts[0], found.tokens, found.seconds)
+            if model.config.is_encoder_decoder:
+                found = answers(model, tokenizer, [prompt], decoding)
+                show(found.texts[0])
+                return Reply(found.texts[0], found.tokens, found.seconds)
+            text, began = "", time.perf_counter()
+            made: Any = stream(model, tokenizer, prompt, decoding)
+            with closing(made):
+                for piece in made:
+                    show(piece)
+                    text += piece
+        tokens = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return Reply(text, tokens, time.perf_counter() - began)
 
     return speak
 
 
-def opener(model: Any) -> Callable[[Path], None]:
+def opener(model: Any, tokenizer: Any) -> Callable[[Path], None]:
     """Replace the attached adapters by the one of another folder; a folder that does not fit changes nothing."""
 
     def open_adapter(folder: Path) -> None:
@@ -207,7 +225,7 @@ def opener(model: Any) -> Callable[[Path], None]:
             raise ValueError(f"{folder}: there is no such adapter folder")
         before = attached(model)
         name = next(name for name in ("chat", "chat_") if name not in before)
-        load(model, folder / "adapter" if (folder / "adapter").is_dir() else folder, name)
+        load(model, folder / "adapter" if (folder / "adapter").is_dir() else folder, name, tokenizer=tokenizer)
         for old in before:
             detach(model, old)
 
@@ -258,7 +276,7 @@ def chat(
         loaded, tokenizer, _ = opened(model, adapter)
         console, has = screen(), adapter is not None
         speak = speaker(loaded, tokenizer, max_new_tokens, seed)
-        talk = Chat(speak, console, opener(loaded), has, has, temperature, system)
+        talk = Chat(speak, console, opener(loaded, tokenizer), has, has, temperature, system)
         talk.tell("/help lists the commands, /quit ends")
         for line in lines(console):
             if not talk.handle(line):

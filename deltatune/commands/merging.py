@@ -121,7 +121,7 @@ def merge(
     from deltatune.core.store import save
     from deltatune.train.use import cost_text, merged
 
-    text = cost_text(loaded, tokenizer, prompts_of(data) if data else None)
+    text = cost_text(loaded, tokenizer, prompts_of(data, record) if data else None)
 
     (name,) = attached(loaded)
     facts: dict[str, Any] = {"merged": str(out), "adapter": str(adapter)}

@@ -37,6 +37,15 @@ def given(flags: dict[str, Any], sets: Sequence[str] | None) -> list[Override]:
     return found
 
 
+def chosen(sets: Sequence[str] | None, allowed: Sequence[str]) -> Config:
+    """A configuration with `--set a.b=c` applied, for commands that take only the keys (or sections) `allowed`."""
+    overrides = given({}, sets)
+    for override in overrides:
+        if not any(override.name == key or override.name.startswith(f"{key}.") for key in allowed):
+            raise ValueError(f"--set {override.name}: only {', '.join(allowed)} can be set here")
+    return load({"model": "any", "data": "any"}, overrides).config
+
+
 def finish(run: Any) -> None:
     """Show a run's end screen, or its summary as JSON, and leave with its exit code."""
     if machine():

@@ -25,10 +25,11 @@ from .peft_format import CONFIG, TENSORS, strict
 from .quant import scheme, steady
 from .registry import build, spec, whole
 from .state import STATE, State
-from .vocabulary import grow, unseeded, vocabulary
+from .vocabulary import WORDS, grow, teach, unseeded, vocabulary, words
 
 MANIFEST, OWN = "deltatune.json", "adapter.safetensors"
 OURS = (MANIFEST, OWN, TENSORS, CONFIG)
+LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave where somebody looked
 FORMAT = 1
 SHAPE = {"methods": list, "base": dict, "tensors": dict, "file": str, "sha256": str}
 SHAPE |= {"base.fingerprint": str, "base.class": str}
@@ -96,6 +97,8 @@ def manifest(model: Any, name: str, own: Mapping[str, Tensor], base: str | None)
         about["quant"] = packed
     if adapted.vocab is not None:
         about |= {"vocab": adapted.vocab, "grown_to": model.get_input_embeddings().num_embeddings}
+    if words(model):
+        about["tokens"] = words(model)
     tensors = {k: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for k, t in own.items()}
     return {"format": FORMAT, "methods": spec(adapted.methods[name]), "base": about, "tensors": tensors}
 
@@ -106,7 +109,8 @@ def check_place(folder: Path) -> None:
         return
     if not folder.is_dir() or folder.is_symlink():
         raise ValueError(f"{folder} exists and is no plain folder: choose another place, nothing was overwritten")
-    strangers = sorted(p.name for p in folder.iterdir() if p.name not in OURS or p.is_symlink() or not p.is_file())
+    allowed = (*OURS, *LITTER)
+    strangers = sorted(p.name for p in folder.iterdir() if p.name not in allowed or p.is_symlink() or not p.is_file())
     if strangers:
         more = f" and {len(strangers) - 5} more" if len(strangers) > 5 else ""
         raise ValueError(
@@ -147,11 +151,14 @@ def digest(path: Path) -> str:
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
-def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verify: bool = True) -> str:
+def load(
+    model: nn.Module, folder: str | Path, name: str | None = None, *, verify: bool = True, tokenizer: Any = None
+) -> str:
     """Attach the adapter saved in `folder` and make it active; returns its name (default: the folder's).
 
     ValueError on a wrong base, a damaged file, a missing or an unexpected tensor; then the model is as it was.
     A peft folder without our manifest loads with "base not verified" printed. `verify=False` skips the base check only.
+    `tokenizer`: learns the words of the tokens the adapter adds; without it, they are named on standard error.
     """
     folder = Path(folder)
     name = name or "".join(c if c.isalnum() or c in "_-" else "_" for c in folder.name)[:64] or "default"
@@ -163,6 +170,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verif
     else:
         methods = build(found["methods"])
         check_base(model, found["base"], folder, verify)
+        learn(model, found["base"].get("tokens") or {}, folder, tokenizer)
     wanted = (found or {}).get("base", {}).get("grown_to") or 0
     active = known(model).active if attached(model) else ()
     with (
@@ -179,7 +187,18 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, verif
             raise
     if before:
         known(model).grown = before
+    if tokens := (found or {}).get("base", {}).get("tokens"):
+        setattr(model, WORDS, words(model) | tokens)
     return name
+
+
+def learn(model: nn.Module, tokens: Mapping[str, int], folder: Path, tokenizer: Any) -> None:
+    """The tokenizer reads added tokens as the adapter was trained to; where none was given, the user hears of it."""
+    if tokenizer is not None:
+        teach(tokenizer, tokens, folder.name)
+    elif new := [word for word in tokens if word not in words(model)]:
+        said = f"adds the tokens {', '.join(new[:5])}: give load(..., tokenizer=tokenizer), which has to know them too"
+        print(f"{folder.name} {said}", file=sys.stderr)
 
 
 def fill(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path, active: tuple[str, ...]) -> None:
@@ -238,6 +257,9 @@ def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     for key in ("base.vocab", "base.grown_to"):
         if key in have:
             whole(f"{path}: {key}", have[key])
+    tokens = have.get("base.tokens", {})
+    if not isinstance(tokens, dict) or any(type(i) is not int or i < 0 for i in tokens.values()):
+        raise ValueError(f"{path} is damaged: 'base.tokens' is no {{word: id}}. {AGAIN}")
     for block in manifest["methods"]:
         if not isinstance(block, dict) or not all(isinstance(fields, dict) for fields in block.values()):
             raise ValueError(f"{path} is damaged: {block!r} in 'methods' is no {{name: fields}}. {AGAIN}")
@@ -313,9 +335,13 @@ def add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> tuple[int, ...]
     """Add `tokens` to tokenizer and model (new rows: the mean of the old); returns their ids, for NewTokens(ids)."""
     if attached(model):
         raise ValueError("add tokens before attaching adapters: they belong to the base the adapters see")
+    if wrong := [token for token in tokens if not isinstance(token, str) or not token.strip()]:
+        raise ValueError(f"a new token must be a text that shows, got {wrong[0]!r}")
     tokenizer.add_tokens(tokens)
     grow(model, max(len(tokenizer), vocabulary(model)))
-    return tuple(int(i) for i in tokenizer.convert_tokens_to_ids(tokens))
+    ids = tuple(int(i) for i in tokenizer.convert_tokens_to_ids(tokens))
+    setattr(model, WORDS, words(model) | dict(zip(tokens, ids, strict=True)))
+    return ids
 
 
 def virtual_ids(model: nn.Module, name: str = "default") -> tuple[int, ...]:

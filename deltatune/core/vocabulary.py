@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+
+WORDS = "deltatune_tokens"  # the attribute of the model that holds the words of its added tokens
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Before:
     size: int
     attributes: frozenset[str]
     twins: tuple[tuple[str, nn.Embedding], ...]
+    words: Mapping[str, int]
 
     def restore(self, model: Any) -> None:
         """Take the rows out that `grow` added, and what resizing changed on the model."""
@@ -27,7 +30,9 @@ class Before:
             layer.weight, layer.num_embeddings = model.get_input_embeddings().weight, self.size
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
-        for attribute in ("deltatune_vocab", "vocab_size"):
+        if WORDS in self.attributes:
+            setattr(model, WORDS, self.words)
+        for attribute in ("deltatune_vocab", "vocab_size", WORDS):
             if attribute in vars(model) and attribute not in self.attributes:
                 delattr(model, attribute)
 
@@ -36,7 +41,7 @@ def found(model: Any) -> Before:
     main = model.get_input_embeddings()
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not main]
     twins = tuple((path, m) for path, m in layers if m.weight is getattr(main, "weight", None))
-    return Before(vocabulary(model), frozenset(vars(model)), twins)
+    return Before(vocabulary(model), frozenset(vars(model)), twins, words(model))
 
 
 def vocabulary(model: Any) -> int:
@@ -55,6 +60,23 @@ def grow(model: Any, size: int) -> Before:
             if layer is not None:
                 layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
     return before
+
+
+def words(model: Any) -> dict[str, int]:
+    """word -> id of the tokens that were added to `model`."""
+    return dict(getattr(model, WORDS, {}))
+
+
+def teach(tokenizer: Any, tokens: Mapping[str, int], where: str) -> None:
+    """Add `tokens` to a tokenizer, at the ids they were trained with. ValueError where it has other ids for them."""
+    known = sorted(tokens, key=lambda word: tokens[word])
+    tokenizer.add_tokens(known)
+    for word, i in zip(known, tokenizer.convert_tokens_to_ids(known), strict=True):
+        if i != tokens[word]:
+            raise ValueError(
+                f"{where} adds the token {word!r} with id {tokens[word]}, this tokenizer has {i} for it: "
+                "give the base's own tokenizer, as it was published"
+            )
 
 
 @contextmanager

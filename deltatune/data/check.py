@@ -13,7 +13,7 @@ from typing import Any
 from .encode import Encoded, Encoder, Encoding, label_names, number_of
 from .example import Example
 from .formats import examples
-from .problems import BadRow, Problems, short, split
+from .problems import BadRow, Problem, Problems, short, split
 
 NGRAM, HASHES, BANDS = 5, 16, 4  # 4 bands of 4: two texts with Jaccard 0.9 meet in 98 % of cases, with 0.5 in 23 %
 PRIME = (1 << 61) - 1
@@ -69,13 +69,19 @@ class Report:
     tokens: Tokens | None = None
     exact: Pairs = field(default_factory=Pairs)
     near: Pairs = field(default_factory=Pairs)
-    leaked: Pairs | None = None
+    leaked: Pairs | None = None  # None: not looked for, or the evaluation set cannot be used
+    held: Problems | None = None  # of the evaluation set
     notes: list[str] = field(default_factory=list)
     sample: Sample | None = None
 
     @property
     def ok(self) -> bool:
-        return not self.problems.errors and self.problems.good > 0
+        return all(not found.errors and found.good > 0 for found in (self.problems, self.held) if found)
+
+    @property
+    def errors(self) -> list[Problem]:
+        """Of the training set, then of the evaluation set."""
+        return [*self.problems.errors, *(self.held.errors if self.held else ())]
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for `--json`."""
@@ -88,7 +94,7 @@ class Report:
             "labels": dict(self.labels.most_common()),
             "tokens": vars(self.tokens) if self.tokens else None,
             **{name: vars(found) if found else None for name, found in pairs.items()},
-            "errors": [problem.to_json() for problem in self.problems.errors],
+            "errors": [problem.to_json() for problem in self.errors],
             "warnings": [problem.to_json() for problem in self.problems.warnings],
             "notes": [*self.problems.notes, *self.notes],
             "sample": {"where": self.sample.where, "pieces": self.sample.pieces} if self.sample else None,
@@ -131,11 +137,17 @@ def check(
     if tokenizer is not None:
         _encode(found, tokenizer, how.encoding, report)
     if eval_ref is not None:
-        report.leaked = _leaks(eval_ref, how, seen, report)
-    if not report.problems.seen:
-        fault = BadRow("no_rows", str(ref), "", "there are no rows", "Write at least one row")
-        report.problems.reject([fault])
+        report.held = Problems()
+        leaked = _leaks(eval_ref, how, seen, report)
+        _demand_rows(report.held, eval_ref)
+        report.leaked = None if report.held.errors else leaked
+    _demand_rows(report.problems, ref)
     return report
+
+
+def _demand_rows(problems: Problems, ref: str | Path) -> None:
+    if not problems.seen:
+        problems.reject([BadRow("no_rows", str(ref), "", "there are no rows", "Write at least one row")])
 
 
 def _watched(found: Iterable[Example], report: Report) -> Iterator[Example]:
@@ -270,8 +282,8 @@ def _duplicates(example: Example, seen: Seen, report: Report) -> None:
 
 
 def _leaks(eval_ref: str | Path, how: Reading, seen: Seen, report: Report) -> Pairs:
-    """Evaluation rows whose question is in the training set; problems of the evaluation set join the report."""
-    leaked, problems = Pairs(), Problems()
+    """Evaluation rows whose question is in the training set; what is wrong with them joins `report.held`."""
+    leaked, problems = Pairs(), report.held or Problems()
     names = set(report.labels)
     for example in examples(eval_ref, problems, how.format, how.columns):
         question = asked(example)
@@ -284,8 +296,6 @@ def _leaks(eval_ref: str | Path, how: Reading, seen: Seen, report: Report) -> Pa
                 report.problems.warn(
                     BadRow("unknown_label", example.where, "label", f"label {name!r} is not trained", fix)
                 )
-    for problem in problems.errors:
-        report.notes.append(f"evaluation set: {problem}")
     return leaked
 
 

@@ -63,6 +63,11 @@ class Encoded:
     reading: Reading | None = None
 
     @property
+    def length(self) -> int:
+        """Tokens of the row, or of its answer where that is a sequence of its own and longer."""
+        return max(len(self.ids), len(self.labels or ()))
+
+    @property
     def targets(self) -> int:
         """Supervised tokens."""
         return sum(label != IGNORE for label in self.labels or ())
@@ -335,7 +340,7 @@ def _labels(ids: Sequence[int], offsets: Sequence[Span], spans: Sequence[Span]) 
 
 def _all_masked(where: str, length: int, room: int | None) -> BadRow:
     if room is not None and length > room:
-        fix = f"Raise max_length (the row has {length} tokens), set truncate to left, or leave the row out"
+        fix = f"Raise train.max_length to {length} (what is learned stands at the row's end), or leave the row out"
         return BadRow("all_masked", where, "", f"nothing to learn is left after cutting the row to {room} tokens", fix)
     fix = "Give the row an answer that is learned"
     return BadRow("all_masked", where, "", "no token of the row is learned", fix)

@@ -41,7 +41,7 @@ def show(report: Report, console: Console) -> None:
         )
     for problem in problems.warnings:
         line(console, f"  warning: {problem}", "yellow")
-    for problem in problems.errors:
+    for problem in report.errors:
         line(console, f"  error: {problem}", "red")
     if report.sample:
         sample(report.sample, console)

@@ -69,8 +69,9 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
     for name, said in (s.get("methods") or {}).items():
         yield f"{name}: {', '.join(flat(said))}"
     share = s["trainable_parameters"] / s["parameters"]
+    rows = "streamed rows" if s["train_rows"] is None else f"{s['train_rows']} rows"
     tuned = f"{s['trainable_parameters']:,} of {s['parameters']:,} parameters ({share:.2%})"
-    yield f"trained: {tuned}, {s['steps']} steps, {s['train_rows']} rows"
+    yield f"trained: {tuned}, {s['steps']} steps, {rows}"
     seconds = s["seconds"]
     phases = ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items())
     yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {s['tokens_per_s']:.0f} tokens/s"

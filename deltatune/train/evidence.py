@@ -92,8 +92,8 @@ def after(job: Job, first: Before) -> dict[str, Any]:
         "higher_is_better": metric != "loss" and find(metric).higher_is_better,
         "before": was.numbers,
         "after": now.numbers,
-        "intervals": intervals(now),
-        "intervals_before": intervals(was),
+        "intervals": known_bounds(intervals(now)),
+        "intervals_before": known_bounds(intervals(was)),
         "gain": gain(was, now),
         "rows": len(job.sample()),
         "measured_on": "eval" if job.eval else "train",
@@ -120,6 +120,11 @@ def told(job: Job) -> dict[str, Any]:
         for m in known(job.model, job.adapter).methods[job.adapter]
         if hasattr(m, "report")
     }
+
+
+def known_bounds(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The intervals there are: one row has none for some metrics, and what is written is plain numbers."""
+    return {name: bounds for name, bounds in found.items() if None not in bounds}
 
 
 def forgotten(first: Mapping[str, Any] | None, again: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from torch import nn
 from ..config import Config
 from ..core.attach import known
 from ..core.quant import size
+from ..data.stream import index, seekable
 from ..report import page
-from .job import Job
+from .job import Job, streamed
 from .progress import peak_bytes
 from .verify import Check, sample
 
@@ -87,6 +89,8 @@ def finished(folder: Path) -> Run | None:
     status = read_json(folder / "verified.json").get("status")
     if status not in ("done", "unverified"):
         raise ValueError(unreadable(folder / "verified.json", f"has the status {status!r}"))
+    if not (folder / "adapter").is_dir():
+        raise ValueError(unreadable(folder / "adapter", "is missing"))
     return Run(folder, status, read_json(folder / "summary.json"))
 
 
@@ -144,7 +148,7 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
         **{key: done.result.get(key) for key in FROM_RESULT},
         "objective": job.objective.name,
         "eval_rows": len(job.eval),
-        "train_rows": len(job.train),
+        "train_rows": training_rows(job)["rows"],
         "steps": done.steps,
         "trainable_parameters": sum(p.numel() for p in done.trained.values()),
         "parameters": sum(size(p) for p in job.model.parameters()),
@@ -184,7 +188,8 @@ def environment(job: Job) -> dict[str, Any]:
         "dtype": str(next(job.model.parameters()).dtype).removeprefix("torch."),
         "seed": job.config.train.seed,
         "base": base_of(job),
-        "data": {name: digest(rows) for name, rows in (("train", job.train), ("eval", job.eval), *job.ood.items())},
+        "data": {"train": training_rows(job), "eval": digest(job.eval)}
+        | {name: digest(rows) for name, rows in job.ood.items()},
         "commit": commit(),
     }
 
@@ -197,6 +202,25 @@ def digest(examples: Sequence[Any]) -> dict[str, Any]:
             repr((e.turns, e.prompt, e.completion, e.text, e.text_pair, e.label, e.tools)).encode("utf-8", "replace")
         )
     return {"rows": len(examples), "sha256": found.hexdigest()}
+
+
+def training_rows(job: Job) -> dict[str, Any]:
+    """As `digest`; of a stream, the digest is of its files' bytes, and rows are counted where a line is a row."""
+    if not job.config.data.streaming:
+        return digest(job.train)
+    paths, found = [Path(ref) for ref in streamed(job.config.data.train)], hashlib.sha256()
+    for path in paths:
+        about = path.stat()
+        found.update(file_digest(path, about.st_size, about.st_mtime_ns).encode())
+    counted = sum(index(path).rows for path in paths) if all(map(seekable, paths)) else None
+    return {"rows": counted, "sha256": found.hexdigest()}
+
+
+@lru_cache(maxsize=256)
+def file_digest(path: Path, size: int, changed: int) -> str:
+    """sha256 of a file's bytes, read once as long as the file stays as it is."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def commit() -> str | None:

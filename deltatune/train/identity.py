@@ -7,9 +7,10 @@ from typing import Any
 
 from ..objectives import record
 from .checkpoint import Store
-from .folder import base_of, digest, write_json
+from .folder import base_of, training_rows, write_json
 from .job import Job
 
+ROWS = "training rows"
 FILE = "identity.json"  # in checkpoints/, written when step 1 is still to come
 
 
@@ -18,7 +19,8 @@ def described(job: Job) -> dict[str, Any]:
     t, batching = job.config.train, job.batching()
     found = {
         "base model": base_of(job),
-        "training rows": digest(job.train),
+        ROWS: training_rows(job),
+        "streaming": job.config.data.streaming,
         "method": [dict(block) for block in job.config.method],
         "objective": record(job.objective),
         "batch_tokens": t.batch_tokens,
@@ -28,6 +30,8 @@ def described(job: Job) -> dict[str, Any]:
         "max_length": job.encoding.max_length,
         "precision": t.precision,
     }
+    if words := job.config.model.add_tokens:
+        found["added tokens"] = words
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
 
@@ -40,7 +44,13 @@ def demand_same(job: Job, store: Store) -> None:
             theirs = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             theirs = None  # damaged: there is nothing to compare with
-        changed = [f"{k} was {theirs.get(k)}, is now {v}" for k, v in ours.items() if theirs and theirs.get(k) != v]
+        corrected = theirs and theirs.get(ROWS, "") is None
+        same = {ROWS} if corrected else set()
+        changed = [
+            f"{k} was {theirs.get(k)}, is now {v}"
+            for k, v in ours.items()
+            if theirs and k not in same and theirs.get(k) != v
+        ]
         if changed:
             folder = store.folder.parent
             raise ValueError(
@@ -48,3 +58,9 @@ def demand_same(job: Job, store: Store) -> None:
                 f"or discard its checkpoints and start over with `deltatune resume {folder} --restart`"
             )
     write_json(path, ours)
+
+
+def rows_will_change(store: Store) -> None:
+    """A run that ended at a row which cannot be used is resumed on corrected rows."""
+    path = store.folder / FILE
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | {ROWS: None})

@@ -20,6 +20,7 @@ from ..core.attach import activate, attach, attached, each, known, packing, trai
 from ..core.delta import Given
 from ..core.quant import options, steady
 from ..core.site import head_modules
+from ..core.store import add_tokens
 from ..data import formats
 from ..data.batch import Batch, Batching, pack, pad, plan, side_by_side
 from ..data.check import remarks
@@ -32,7 +33,8 @@ from ..data.stream import Order, stream
 from ..evaluate.incontext import Prompt
 from ..evaluate.score import measurable
 from ..methods import build as build_methods
-from ..methods.freeze import Head
+from ..methods.freeze import Full, Head
+from ..methods.tokens import NewTokens
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
@@ -100,7 +102,7 @@ class Job:
             data, t = self.config.data, self.config.train
             format = None if data.format == "auto" else data.format
             return Flow(Source(streamed(data.train), self.encode, format, t.seed), self.batching(), t.accumulate)
-        lengths = [self.prompts * max(len(r.ids), len(r.labels or ())) for r in self.rows]
+        lengths = [self.prompts * row.length for row in self.rows]
         batching, seed = self.batching(), self.config.train.seed
         if self.config.data.mix:
             order = Mixture(tuple(self.sizes), self.config.data.mix.temperature, seed)
@@ -142,11 +144,19 @@ class Job:
         for example in examples:
             problems.accept()
             try:
+                self.ends(example)
                 found += self.objective.encode(example, self.tokenizer, encoding or self.encoding)
             except BadRow as fault:
                 problems.retract(fault)
         problems.refuse()
         return found
+
+    def ends(self, example: Example) -> None:
+        """An encoder-decoder classifies at the end-of-sequence token: BadRow for a text that holds one of its own."""
+        end, reads = self.tokenizer.eos_token, self.objective.task_head and kind_of(self.model) == "seq2seq"
+        if reads and end and any(end in text for text in (example.text, example.text_pair) if text):
+            reason = f"the text holds {end!r}, where the model reads the class"
+            raise BadRow("control_token", example.where, "text", reason, "Remove it, or write it differently")
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return trainable(self.model, self.adapter)
@@ -279,12 +289,20 @@ def dtype(config: Config) -> torch.dtype:
     return DTYPES[asked] if asked else best_dtype()
 
 
-def methods(config: Config, objective: Any) -> tuple[Any, ...]:
-    """The configured methods; a task head is always trained beside them."""
+def methods(config: Config, objective: Any, added: tuple[int, ...] = ()) -> tuple[Any, ...]:
+    """The configured methods; a task head and the rows of `added` tokens are always trained beside them."""
     found = build_methods([dict(block) for block in config.method])
+    if added and not any(isinstance(m, NewTokens | Full) for m in found):
+        found = (*found, NewTokens(added))
+    found = tuple(with_rows(m, added) if isinstance(m, NewTokens) and added else m for m in found)
     if objective.task_head and not any(isinstance(m, Head) or m.method_name == "full" for m in found):
         found = (*found, Head())
     return found
+
+
+def with_rows(tokens: NewTokens, added: tuple[int, ...]) -> NewTokens:
+    """The rows of `added` too; where no ids were given, theirs alone."""
+    return replace(tokens, ids=added if tokens == NewTokens() else tuple(dict.fromkeys((*tokens.ids, *added))))
 
 
 def prepare(config: Config) -> Job:
@@ -294,11 +312,15 @@ def prepare(config: Config) -> Job:
     train, held, ood = read_sets(config, notes)
     objective = build_objective(config.objective).fit(train)
     model, tokenizer = open_model(config, objective)
+    words = list(config.model.add_tokens)
+    added = add_tokens(model, tokenizer, words) if words else ()
+    if added:
+        notes.append(f"{len(added)} tokens are added; before training, each is the mean of all the others")
     job = Job(config, model, tokenizer, objective, ADAPTER, Encoding(), train, held, ood, notes=notes)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.train.seed)
-        attach(model, [bound(m, tokenizer) for m in methods(config, objective)], ADAPTER)
+        attach(model, [bound(m, tokenizer) for m in methods(config, objective, added)], ADAPTER)
     return settle(job)
 
 
@@ -318,17 +340,13 @@ def settle(job: Job) -> Job:
         **prompted(job.model, job.adapter),
     )
     check_prompts(job)
-    job.rows = job.encode(job.train)
+    job.rows = told(job, "training", job.train)
     if job.config.data.mix:
         job.sizes = set_sizes(job)
-    if not job.objective.task_head and job.objective.name == "sft":
-        coder = encoder(job.tokenizer, job.encoding)
-        job.notes += coder.notes
-        if coder.truncated:
-            job.notes.append(f"{coder.truncated} rows are cut to max_length, {coder.lost_tokens} tokens are lost")
-    for rows in (job.eval, *job.ood.values()):
+    fitting(job)
+    for name, rows in {"evaluation": job.eval, **job.ood}.items():
         if rows:  # a row that cannot be measured is better known now than after hours
-            job.encode(rows)
+            told(job, name, rows)
             measurable(job, rows)
     job.recompute = recomputes(job)
     pinned = {
@@ -350,23 +368,56 @@ def set_sizes(job: Job) -> list[int]:
     return sizes
 
 
+def told(job: Job, name: str, examples: Sequence[Example]) -> list[Encoded]:
+    """A set's rows as tokens, with a note of what max_length cuts off them."""
+    coder = encoder(job.tokenizer, job.encoding)
+    cut, lost = coder.truncated, coder.lost_tokens
+    rows = job.encode(examples)
+    cut, lost = coder.truncated - cut, coder.lost_tokens - lost
+    job.notes += [note for note in coder.notes if note not in job.notes]
+    if cut:
+        most = job.encoding.max_length
+        job.notes.append(f"{name}: {cut} rows are cut to max_length {most}, {lost} tokens are lost")
+    return rows
+
+
+def fitting(job: Job) -> None:
+    """ValueError for training rows that no batch can hold, before anything is measured."""
+    most = job.batching().tokens
+    long = {row.where: row.length for row in job.rows if most and row.length > most}
+    if long:
+        longest, shown = max(long.values()), ", ".join(list(long)[:5])
+        raise ValueError(
+            f"{len(long)} rows are longer than train.batch_tokens {most} ({shown}; up to {longest} tokens). "
+            f"Raise train.batch_tokens to {longest}, or lower train.max_length to {most}"
+        )
+
+
+def places(config: Any) -> int | None:
+    """How many positions a model of this configuration has; None: no fixed number."""
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int) or found < 1:
+        return None
+    # some are numbered from after the padding id
+    return found - (int(config.pad_token_id or 0) + 1 if config.model_type in OFFSET_POSITIONS else 0)
+
+
 def longest(job: Job) -> int:
     """train.max_length, or what the model has positions for."""
     wanted, config = job.config.train.max_length, job.model.config
-    places = getattr(config, "max_position_embeddings", None)
-    if not isinstance(places, int) or places < 1:
+    room = places(config)
+    if room is None:
         return wanted
-    if config.model_type in OFFSET_POSITIONS:  # numbered from after the padding id
-        places -= int(config.pad_token_id or 0) + 1
-    places -= known(job.model, job.adapter).shifts.get(job.adapter, 0)
-    if places < 1:
+    taken = known(job.model, job.adapter).shifts.get(job.adapter, 0) if job.adapter else 0
+    room -= taken
+    if room < 1:
         raise ValueError(
             f"the prefix leaves no room: {config.model_type} has {config.max_position_embeddings} positions, and the "
-            f"adapter takes {known(job.model, job.adapter).shifts[job.adapter]} of them; choose a shorter one"
+            f"adapter takes {taken} of them; choose a shorter one"
         )
-    if places < wanted:
-        job.notes.append(f"rows may have {places} tokens, not {wanted}: {config.model_type} has no more positions")
-    return min(places, wanted)
+    if room < wanted:
+        job.notes.append(f"rows may have {room} tokens, not {wanted}: {config.model_type} has no more positions")
+    return min(room, wanted)
 
 
 def recomputes(job: Job) -> bool:

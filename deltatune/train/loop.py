@@ -83,7 +83,7 @@ class Loop:
 
     def _advance(self) -> None:
         began, n, s = time.perf_counter(), self.progress.step, self.settings
-        batches = [batch for batch in self.batches(n) if batch.targets]
+        batches = resume.drawn(self)
         rng.seed_step(s.seed, n)
         self.noise.start(n)
         losses, metrics = self._backward(batches)

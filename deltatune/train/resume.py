@@ -15,6 +15,7 @@ from deltatune.train import guard, rng
 from deltatune.train.checkpoint import Snapshot
 
 if TYPE_CHECKING:
+    from deltatune.data.batch import Batch
     from deltatune.train.checkpoint import Store
     from deltatune.train.loop import Loop
 
@@ -54,6 +55,15 @@ def save(loop: Loop) -> None:
         log.warning("%s", error)
         if p.failures == 2:
             raise guard.GuardStop(f"{error}. Two saves in a row failed; the last good one is step {p.saved}") from error
+
+
+def drawn(loop: Loop) -> list[Batch]:
+    """The next step's micro-batches; where its rows cannot be had, the steps so far are saved first."""
+    try:
+        return [batch for batch in loop.batches(loop.progress.step) if batch.targets]
+    except ValueError:
+        save(loop)
+        raise
 
 
 def periodic(loop: Loop) -> None:

@@ -19,6 +19,7 @@ from ..core.attach import activate, fold, known
 from ..core.attach import prepare as prepare_adapter
 from ..core.registry import spec
 from ..core.store import save, state
+from ..core.vocabulary import words
 from ..data.problems import nearest
 from ..evaluate.generate import evaluating
 from ..evaluate.incontext import Prompt
@@ -29,12 +30,14 @@ from . import evidence, memory, verify
 from .checkpoint import Store
 from .folder import Finished, Run, base_of, claimed, environment, finish, finished, place, verified, write, write_json
 from .guard import GuardStop, Interrupted, Stop, VerificationError, signals
-from .identity import demand_same
+from .identity import demand_same, rows_will_change
 from .job import Job, from_model, in_training, prepare
+from .lasting import lasting
 from .loop import Loop, Settings, Step
 from .optim import sane_lr
 from .progress import peak_bytes, progress, show
 from .resume import form as resume_form
+from .streaming import BadStream
 from .use import evaluate_file, open_adapted, record_of
 
 STARTED = "before.json"  # in checkpoints/: what was measured before step 1, so that a resumed run need not repeat it
@@ -80,7 +83,7 @@ def quickstart(out: Path | None = None, observers: Sequence[Any] = ()) -> Run:
 
 def start(config: Config, folder: Path, observers: Sequence[Any]) -> Run:
     clock = Clock(observers)
-    with clock.phase("prepare"), claimed(folder):
+    with clock.phase("prepare"), claimed(folder), lasting(config, folder) as config:
         job = prepare(config)
         job.baselines = demo_prompts(config)
     return execute(job, folder, clock)
@@ -121,10 +124,12 @@ def train(model: Any, objective: Any, *, data: Any, adapter: str = "default", ou
     goal = record(build_objective(objective))
     blocks = [{name: fields} for block in methods_of(model, adapter) for name, fields in block.items()]
     name = str(getattr(model.config, "_name_or_path", "") or IN_MEMORY)
-    config = resolve(Config(model=name, method=blocks, objective=goal, **sections)).config
+    trained = {name for block in blocks for name in block} & {"tokens", "full"}
+    base = {"name": name, "add_tokens": list(words(model)) if trained else []}
+    config = resolve(Config(model=base, method=blocks, objective=goal, **sections)).config
     observers = (progress(save_every=config.train.save_every or 0),) if talks else observers
     folder, clock = place(config, Path(out) if out else None), Clock(observers)
-    with clock.phase("prepare"), claimed(folder):
+    with clock.phase("prepare"), claimed(folder), lasting(config, folder) as config:
         job = from_model(model, objective, config, {"adapter": adapter, "tokenizer": tokenizer})
     done = execute(job, folder, clock)
     activate(model, adapter)
@@ -202,6 +207,9 @@ def execute(job: Job, folder: Path, clock: Clock) -> Run:
                 return closing(job, folder, opened, loop, clock)
     except Interrupted:
         return Run(folder, "interrupted", {"signal": stop.signal, "step": step})
+    except BadStream:
+        rows_will_change(store)
+        raise
 
 
 def learn_from_rows(job: Job) -> None:

@@ -14,6 +14,11 @@ from ..data.stream import Order, stream
 from .sampler import Cursor
 
 Encode = Callable[[Sequence[Example]], list[Encoded]]
+CORRECT = "Correct it; `deltatune resume` goes on after the last whole step, which is saved"
+
+
+class BadStream(ValueError):
+    """A row that cannot be used, met while training."""
 
 
 @dataclass(frozen=True)
@@ -26,13 +31,22 @@ class Source:
     seed: int = 0
 
     def rows(self, epoch: int, start: int) -> Iterator[tuple[int, Encoded]]:
-        """(position after the row, row) of one epoch. ValueError, with file and line, for a row that cannot be used."""
+        """(position after the row, row) of one epoch. BadStream, with file and line, for a row that cannot be used."""
         problems = Problems()
         for sample in stream([Path(ref) for ref in self.refs], problems, Order(self.seed, epoch), start, self.format):
-            problems.refuse()
-            for row in self.encode([sample.example]):
+            refuse(problems)
+            try:
+                rows = self.encode([sample.example])
+            except ValueError as error:
+                raise BadStream(f"{error}. {CORRECT}") from error
+            for row in rows:
                 yield sample.cursor, row
-        problems.refuse()
+        refuse(problems)
+
+
+def refuse(problems: Problems) -> None:
+    if problems.errors:
+        raise BadStream("\n".join(["a row cannot be used:", *(f"  {found}" for found in problems.errors), CORRECT]))
 
 
 class Flow:
@@ -97,6 +111,12 @@ class Flow:
         batch: list[Encoded] = []
         end = position
         for after, row in self.source.rows(epoch, position):
+            if self.batching.tokens and row.length > self.batching.tokens:
+                most = self.batching.tokens
+                raise BadStream(
+                    f"{row.where}: the row has {row.length} tokens, train.batch_tokens allows {most}. "
+                    f"Shorten it, or start over with train.batch_tokens {row.length}. {CORRECT}"
+                )
             # windows of one text share a position: a batch may only end where the next row begins a new example
             if batch and after != end and not self._fits(batch, row):
                 yield end, batch
@@ -109,6 +129,6 @@ class Flow:
     def _fits(self, batch: Sequence[Encoded], row: Encoded) -> bool:
         if self.batching.rows:
             return len(batch) < self.batching.rows
-        lengths = [len(r.ids) for r in (*batch, row)]
+        lengths = [r.length for r in (*batch, row)]
         used = sum(lengths) if self.batching.packing else max(lengths) * len(lengths)
         return used <= (self.batching.tokens or 0)

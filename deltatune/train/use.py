@@ -9,18 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Config, Train, resolve
-from ..core.attach import attached, merge
+from ..config import Config, resolve
+from ..core.attach import attached, disabled, merge
 from ..core.quant import scheme
 from ..core.store import load as load_adapter
 from ..core.store import read_manifest
 from ..data.encode import Encoding
+from ..data.example import Example
+from ..evaluate.generate import Decoding
+from ..evaluate.incontext import Prompt, predict, reference
+from ..evaluate.metrics import find
 from ..evaluate.retention import default_texts
-from ..evaluate.score import intervals, score
+from ..evaluate.score import FROM_LOSS, Scored, intervals, metrics_for, score
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import model_path
-from .job import Job, measured, model_config, open_model, read
+from .evidence import forgotten, general, known_bounds
+from .job import Job, longest, measured, model_config, open_model, read, told
 from .prompts import prompted
 
 WINDOW, WINDOWS = 128, 16  # tokens of a piece of text that a merge is measured on, and how many pieces
@@ -30,7 +35,9 @@ def record_of(job: Job) -> dict[str, Any]:
     """What the manifest keeps of a run: the objective with its labels, and how rows become tokens."""
     from ..objectives import record
 
-    return {"objective": record(job.objective), "max_length": job.encoding.max_length}
+    data = job.config.data
+    rows = {key: value for key, value in {"format": data.format, "columns": data.columns}.items() if value}
+    return {"objective": record(job.objective), "max_length": job.encoding.max_length} | rows
 
 
 def open_adapted(
@@ -53,7 +60,7 @@ def open_adapted(
     config = resolve(Config(model={"name": ref, "quant": quant}, data="none")).config
     model, tokenizer = open_model(config, goal)
     if folder is not None:
-        load_adapter(model, folder, "default")
+        load_adapter(model, folder, "default", tokenizer=tokenizer)
     return model.eval(), tokenizer, record
 
 
@@ -108,15 +115,19 @@ def own_labels(ref: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]
 
 
 def evaluate_file(
-    model: nn.Module, tokenizer: Any, record: Mapping[str, Any], ref: str, section: Any
+    model: nn.Module, tokenizer: Any, record: Mapping[str, Any], ref: str, section: Any, shown: str | None = None
 ) -> dict[str, Any]:
     """Loss and metrics of `model` on one data reference, with the labels and lengths of the run that trained it.
 
-    record: as `open_adapted` returns it, or an objective's block; section: the `eval` section of a configuration.
+    record: as `open_adapted` returns it, or an objective's block; section: the `eval` section of a configuration, whose
+    retention is measured where it was asked for.   shown: the rows that the examples of `eval.shots` are drawn from.
     """
     block = record.get("objective", record)
-    config = Config(model="any", data=ref).model_copy(update={"eval": section})
-    examples = measured("eval", read([ref], config, []), config, [])
+    how = {key: record[key] for key in ("format", "columns") if record.get(key)}
+    length = {"max_length": record["max_length"]} if record.get("max_length") else {}
+    config = Config(model="any", data={"train": ref, **how}, train=length).model_copy(update={"eval": section})
+    notes: list[str] = []
+    examples = measured("eval", read([ref], config, notes), config, notes)
     if not examples:
         raise ValueError(f"{ref}: no rows to measure on")
     objective = build_objective(block)
@@ -125,14 +136,41 @@ def evaluate_file(
     if hasattr(objective, "bind"):
         objective = objective.bind(tokenizer, kind_of(model))
     name = next(iter(attached(model)), "")
-    encoding = Encoding(
-        max_length=record.get("max_length") or Train().max_length,
+    job = Job(config, model, tokenizer, objective, name, Encoding(), [], examples, {}, notes=notes)
+    job.encoding = Encoding(
+        max_length=longest(job),
         train_on=getattr(objective, "train_on", "assistant"),
         decoder=kind_of(model) == "seq2seq" and not objective.task_head,
         **prompted(model, name),
     )
-    scored = score(Job(config, model, tokenizer, objective, name, encoding, [], examples, {}), examples)
-    return {"rows": len(examples), **scored.numbers, "intervals": intervals(scored)}
+    told(job, "data", examples)
+    scored = score(job, examples) if shown is None else few_shot(job, examples, read([shown], config, notes))
+    found = {"rows": len(examples), **scored.numbers, "intervals": known_bounds(intervals(scored))}
+    if section.retention and "retention" in section.model_fields_set:
+        found["retention"] = kept(job)
+    return found | {"notes": notes}
+
+
+def few_shot(job: Job, examples: Sequence[Example], shown: Sequence[Example]) -> Scored:
+    """As `score`, with `eval.shots` examples out of `shown` in every prompt. ValueError where nothing is generated."""
+    if job.objective.name != "sft":
+        raise ValueError(f"eval.shots puts examples into a prompt, which only sft has, not {job.objective.name}")
+    own, asked = score(job, examples, predicts=False), Prompt("few-shot", shots=job.config.eval.shots)
+    wanted = [reference(asked, example) for example in examples]
+    decoding = Decoding(job.config.eval.max_new_tokens)
+    said = predict(job.model, job.tokenizer, asked, examples, shown, decoding)
+    names = metrics_for(job, examples)
+    numbers = {name: find(name).compute(said, wanted) for name in names if name not in FROM_LOSS}
+    return Scored(own.loss, numbers | own.metrics if "perplexity" in names else numbers, said, wanted)
+
+
+def kept(job: Job) -> dict[str, Any]:
+    """How well general text is read: by the base alone, or by base and adapter with what was forgotten."""
+    if not job.adapter:
+        return general(job) or {}
+    with disabled(job.model):
+        first = general(job)
+    return forgotten(first, lambda: general(job, compare=True))
 
 
 def settled(objective: Any, examples: Any) -> Any:
