@@ -73,10 +73,11 @@ def measurable(job: Job, examples: Sequence[Example]) -> None:
             except ValueError as error:
                 raise ValueError(f"{prompt.where}: {error} (eval.max_new_tokens)") from None
     references = [wanted[e.where] for e in scored]
+    perfect = [getattr(job.objective, "perfect", lambda r: r)(r) for r in references]
     for name in names if scored else ():
         try:
             with warnings.catch_warnings(action="ignore"):
-                find(name).compute(references, references)
+                find(name).compute(perfect, references)
         except (ValueError, TypeError) as error:
             suited = ", ".join(for_task(job.objective, scored))
             raise ValueError(f"eval.metrics: {name} cannot be measured on these rows ({error}); {suited} can") from None

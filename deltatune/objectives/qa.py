@@ -102,3 +102,7 @@ class QA:
     def reference(self, example: Example) -> tuple[str, ...]:
         """Every accepted answer; () where there is none."""
         return tuple(text for text, _ in example.extra["answers"])
+
+    def perfect(self, reference: tuple[str, ...]) -> str:
+        """The prediction that a reference wants."""
+        return reference[0] if reference else ""
