@@ -9,7 +9,8 @@ from typing import Any
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "deltatune.core.attach": ("attach", "detach", "activate", "disabled", "rows", "merge", "trainable"),
+    "deltatune.core.attach": ("attach", "detach", "activate", "disabled", "rows", "trainable"),
+    "deltatune.core.merging": ("merge",),
     "deltatune.core.fuse": ("fuse", "unfuse", "fused"),
     "deltatune.core.combine": ("combine",),
     "deltatune.core.convert": ("extract", "to_lora", "export_lora"),

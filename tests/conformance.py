@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from counts import count, stored
 from deltatune.core import peft_format
-from deltatune.core.attach import activate, attach, detach, disabled, merge, parameters, rows, trainable
+from deltatune.core.attach import activate, attach, detach, disabled, parameters, rows, trainable
 from deltatune.core.delta import SLOT, Refusal
+from deltatune.core.merging import merge
 from deltatune.core.registry import identity
 from deltatune.core.slot import deltas
 from deltatune.core.store import load, save, state, virtual_ids

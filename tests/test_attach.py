@@ -10,8 +10,9 @@ from torch import nn
 
 from conformance import batch, close, hooks, logits, snapshot, stir, values
 from deltatune import IA3, Adapter, BitFit, Freeze, Full, LoRA, Prefix, Prompt, attach, detach
-from deltatune.core.attach import activate, attached, disabled, merge, packing, parameters, restored, rows, trainable
+from deltatune.core.attach import activate, attached, disabled, packing, parameters, restored, rows, trainable
 from deltatune.core.delta import SLOT, Delta, Refusal
+from deltatune.core.merging import merge
 from deltatune.core.site import Site
 from deltatune.core.slot import deltas, slots
 from deltatune.core.store import virtual_ids

@@ -8,8 +8,9 @@ import transformers as hf
 
 from conformance import logits
 from deltatune import BitFit, attach, detach, load, save
-from deltatune.core.attach import merge, trainable
+from deltatune.core.attach import trainable
 from deltatune.core.delta import Refusal
+from deltatune.core.merging import merge
 from deltatune.core.slot import deltas
 from models import inputs, tiny
 

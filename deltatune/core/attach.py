@@ -1,8 +1,7 @@
-"""Put deltas into a model, switch them, take them out: attach, detach, activate, disabled, rows, merge, fold."""
+"""Put deltas into a model, switch them, take them out: attach, detach, activate, disabled, rows, fold."""
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 from collections.abc import Iterator, Sequence
@@ -13,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
-from .delta import SLOT, Delta, Dense, Given, Refusal, overrides
+from .delta import SLOT, Delta, Given
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
-from .quant import dense, opened, steady, write
-from .site import Site, common, parts, stem, twins
+from .quant import steady
+from .site import Site, common, parts, stem
 from .slot import Slot, Tap, deltas, slots
 from .state import STATE, State
 
@@ -438,75 +437,6 @@ def rows_of(model: nn.Module, chosen: Sequence[int], count: int) -> Iterator[nn.
         raise ValueError(f"rows() was given {len(state.rows)} names for {count} rows: give one name per row")
     with rows(model, [state.rows[i] for i in chosen]):
         yield model
-
-
-# ---- merging ---------------------------------------------------------------------------------------------------------
-def merge(model: nn.Module, name: str = "default", inplace: bool = False, base: nn.Module | None = None) -> nn.Module:
-    """A plain model that behaves like base + adapter `name`; a copy by default. Refusal if a delta has no weights.
-
-    Over a 4-bit base the changed weights are rounded to 4 bits again (`core.cost.cost` says what that does). `base`:
-    the same model in full precision, a copy of which takes the adapter in its place; ValueError when it is another one.
-    """
-    known(model, name)
-    for delta in deltas(model, name):
-        refuse_merge(model, delta)
-    if base is not None:
-        from .onto import moved
-
-        return merge(moved(model, name, base), name, inplace=True)
-    target = model if inplace else copy.deepcopy(model)
-    activate(target, name)
-    with torch.no_grad():
-        values = merged_values(target, name)
-        known(target).grown = None  # the merged model keeps the tokens that were added
-        for other in attached(target):
-            detach(target, other)
-        for (path, key), tensor in values.items():
-            target.get_submodule(path).get_parameter(key).data.copy_(tensor)
-    return target
-
-
-def refuse_merge(model: nn.Module, delta: Delta) -> None:
-    """Refuse before anything is copied."""
-    if delta.inplace:
-        return
-    layer: Any = model.get_submodule(delta.site.write)
-    if not overrides(delta, "merged"):
-        delta.merged(Dense(torch.empty(0)))  # the default: says why
-    owners = twins(model, layer.weight)
-    if len(owners) > 1 and not delta.tied:
-        raise Refusal(
-            "merging would change a weight that another layer shares.",
-            found=" = ".join(owners),
-            instead="untie the weights first (config.tie_word_embeddings = False and a copy), or keep it attached",
-        )
-
-
-def merged_values(target: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
-    """(layer, parameter) -> whole tensors, as the layers of `target` store them. Overwrites the layers on the way."""
-    return {place: tensor.clone() for place, tensor in write_merged(target, name).items()}
-
-
-def write_merged(target: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
-    """Overwrite the layers with what `name` makes of them, in place, so that each of a union's deltas builds on the
-    one before; (layer, parameter) -> the layer's own tensor."""
-    touched: dict[tuple[str, str], Tensor] = {}
-    for path, slot in slots(target).items():
-        layer = target.get_submodule(path)
-        keys: set[str] = set()
-        with opened(layer):
-            # W (l x) + B A (l x): what changes the input comes last, as it also feeds what was added beside W
-            for delta in sorted(slot.of(name), key=lambda d: overrides(d, "before")):
-                keys.update(delta.names if isinstance(delta, InPlace) else merge_one(layer, delta))
-        touched |= {(path, key): layer.get_parameter(key).detach() for key in keys}
-    return touched
-
-
-def merge_one(layer: nn.Module, delta: Delta) -> list[str]:
-    merged = delta.merged(dense(layer, delta.site.columns))
-    for key, tensor in merged.items():
-        write(layer, key, tensor, delta.site.columns)
-    return list(merged)
 
 
 def fold(model: nn.Module, name: str = "default") -> None:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..methods.freeze import Freeze
 from ..methods.lora import LoRA, LowRank
-from .attach import activate, attach, check_new, each, known, refuse_merge, restored
+from .attach import activate, attach, check_new, each, known, restored
 from .delta import Delta, Dense, Refusal, overrides
 from .inplace import InPlace
+from .merging import refuse_merge
 from .quant import dense, write
 from .registry import finite, whole
 from .site import is_conv1d, is_linear, put, take, widths

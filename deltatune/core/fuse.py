@@ -16,8 +16,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .attach import activate, apply, attached, deltas, focus, known, refuse_merge, write_merged
+from .attach import activate, apply, attached, deltas, focus, known
 from .delta import Refusal
+from .merging import refuse_merge, write_merged
 from .quant import scheme
 from .slot import slots
 from .state import STATE, State

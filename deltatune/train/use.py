@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config, resolve
-from ..core.attach import attached, disabled, merge
+from ..core.attach import attached, disabled
+from ..core.merging import merge
 from ..core.quant import scheme
 from ..core.store import load as load_adapter
 from ..core.store import read_manifest

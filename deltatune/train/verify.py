@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.attach import activate, attached, detach, disabled, each, known, merge, restored
+from ..core.attach import activate, attached, detach, disabled, each, known, restored
 from ..core.delta import SLOT, Refusal
+from ..core.merging import merge
 from ..core.quant import scheme, size
 from ..core.registry import identity
 from ..core.site import block_linears
