@@ -25,8 +25,9 @@ from ..core.attach import known
 from ..core.quant import size
 from ..data.stream import index, seekable
 from ..report import page
-from .job import Job, streamed
+from .job import Job
 from .progress import peak_bytes
+from .sets import streamed
 from .verify import Check, sample
 
 

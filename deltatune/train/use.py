@@ -26,8 +26,9 @@ from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import model_path
 from .evidence import forgotten, general, known_bounds
-from .job import Job, longest, measured, model_config, open_model, read, told
+from .job import Job, longest, model_config, open_model, told
 from .prompts import prompted
+from .sets import measured, read
 
 WINDOW, WINDOWS = 128, 16  # tokens of a piece of text that a merge is measured on, and how many pieces
 

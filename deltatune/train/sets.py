@@ -1,0 +1,67 @@
+"""Sets: the rows that a configuration names, for training, evaluation and out of domain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+
+from ..config import Config
+from ..data import formats
+from ..data.check import remarks
+from ..data.example import Example
+from ..data.problems import Problems
+from ..data.sources import files
+from ..data.stream import Order, stream
+
+SAMPLE = 64  # training rows that a run without evaluation rows is measured on
+PEEK = 256  # rows of a stream that the checks see
+
+
+def read_sets(config: Config, notes: list[str]) -> tuple[list[Example], list[Example], dict[str, list[Example]]]:
+    """(train, eval, ood) rows; one ValueError with every row that cannot be used."""
+    train = peeked(config, notes) if config.data.streaming else read(config.data.train, config, notes)
+    if not train:
+        raise ValueError(f"{', '.join(config.data.train)}: no rows to train on")
+    held = measured("eval", read(config.data.eval, config, notes), config, notes)
+    if config.data.eval and not held:
+        raise ValueError(f"{', '.join(config.data.eval)}: no rows to measure on")
+    if not held:
+        notes.append(f"no evaluation rows: before and after are the loss on at most {SAMPLE} of the TRAINING rows")
+    notes += remarks(train, held, config.goal[0])
+    ood = {name: read(refs, config, notes) for name, refs in config.data.ood.items()}
+    return train, held, {name: measured(f"ood {name}", rows, config, notes) for name, rows in ood.items()}
+
+
+def peeked(config: Config, notes: list[str]) -> list[Example]:
+    """The first rows of a stream: what the checks before step 1 look at."""
+    problems, format = Problems(), None if config.data.format == "auto" else config.data.format
+    rows = stream(streamed(config.data.train), problems, Order(shuffle=False), format=format)
+    found = [sample.example for sample in islice(rows, PEEK)]
+    problems.refuse()
+    notes.append(f"training rows are streamed: the checks before step 1 saw the first {len(found)}")
+    return found
+
+
+def streamed(refs: Sequence[str]) -> tuple[str, ...]:
+    """The local files behind the references."""
+    problems = Problems()
+    return tuple(str(path) for ref in refs for path in files(ref, problems))
+
+
+def measured(name: str, rows: list[Example], config: Config, notes: list[str]) -> list[Example]:
+    """The rows that `eval.rows` allows, evenly spaced, and a note where that leaves some out."""
+    most = config.eval.rows or len(rows)
+    if len(rows) <= most:
+        return rows
+    notes.append(f"{name}: {most} of {len(rows)} rows are measured (eval.rows)")
+    return [rows[i * len(rows) // most] for i in range(most)]
+
+
+def read(refs: Sequence[str], config: Config, notes: list[str]) -> list[Example]:
+    found: list[Example] = []
+    for ref in refs:
+        format = None if config.data.format == "auto" else config.data.format
+        rows, problems = formats.load(ref, format, config.data.columns)
+        notes += [*problems.notes, *map(str, problems.warnings)]
+        found += rows
+    return found
