@@ -7,7 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from deltatune.commands.chat import COMMANDS, Chat, Reply, opener, speaker
+from deltatune.commands.chat import COMMANDS, Chat, Reply, Voice, opener, speaker
 from models import enliven, tiny
 from tiny_tokenizers import CHATML, byte_level
 
@@ -136,18 +136,21 @@ def test_the_base_side_is_the_base_and_another_adapter_can_be_opened(tmp_path):
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     enliven(model)
     asked = [{"role": "user", "content": "hi"}]
-    base = speaker(model, tokenizer, 8, 0)(asked, False, 0.0, print)
+    base = speaker(model, tokenizer, Voice(8))(asked, False, 0.0, print)
     attach(model, LoRA(r=4, targets=("all",)))
     with torch.no_grad():
         for parameter in trainable(model).values():
-            parameter.fill_(0.3)
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     save(model, "default", tmp_path / "adapter")
-    speak = speaker(model, tokenizer, 8, 0)
+    speak = speaker(model, tokenizer, Voice(8))
     pieces: list[str] = []
     tuned = speak(asked, True, 0.0, pieces.append)
     assert len(pieces) > 1  # as they are made
     assert "".join(pieces) == tuned.text == answers(model, tokenizer, [asked], Decoding(8)).texts[0]
     assert speak(asked, False, 0.0, print).text == base.text
+    plain = speaker(model, tokenizer, Voice(8, plain=True))  # trained on plain prompts: asked with them
+    assert plain(asked, True, 0.0, print).text == answers(model, tokenizer, ["hi"], Decoding(8)).texts[0] != tuned.text
+    assert plain(asked, False, 0.0, print).text == base.text
     assert tuned.text != base.text
     detach(model, "default")
     for _ in range(2):  # the second time another adapter is there

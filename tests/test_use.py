@@ -191,3 +191,17 @@ def test_a_longer_row_than_the_model_has_places_for_is_cut_in_an_evaluation(made
     record = {"objective": {"classify": {"kind": "single", "labels": ["neg", "pos"]}}}
     model, tokenizer, _ = open_adapted(str(made / "bert"), None, record["objective"])
     assert evaluate_file(model, tokenizer, record, rows, Eval())["rows"] == 1
+
+
+def test_an_adapter_is_asked_as_it_was_trained(made, tmp_path):
+    """Prompt and completion rows train plain text, chat rows the template: `generate` asks the same way."""
+    pairs = tr.lines(tmp_path / "pairs.jsonl", [{"prompt": f"ab{i} ", "completion": "ba"} for i in range(8)])
+    chats = tr.chat_rows(tmp_path / "chats.jsonl", 8)
+    for rows, plain in ((pairs, True), (chats, False)):
+        out = tmp_path / f"run-{plain}"
+        call("train", "--model", made / "chat", "--data", rows, "--out", out, *SHORT)
+        record = json.loads((out / "adapter" / "deltatune.json").read_text())["record"]
+        assert record.get("plain", False) is plain
+        words = ("generate", "--adapter", out, "--prompt", "ab ", "--max-new-tokens", "4")
+        same = answer(*words)["answers"] == answer(*words, "--raw")["answers"]
+        assert same is plain

@@ -118,7 +118,10 @@ def question(example: Any) -> str:
 def generate(
     model: Model = None,
     adapter: Adapter = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; a chat model gets it as the user's turn.")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A prompt; a chat model gets it as it was trained, as the user's turn by default."),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Rows whose prompts are answered.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
@@ -138,7 +141,7 @@ def generate(
     asked: list[Any] = prompts_of(data, reading(record, reads)) if data is not None else list(prompt or ())
     from deltatune.evaluate.generate import Decoding, answers
 
-    chat = bool(getattr(tokenizer, "chat_template", None)) and not raw
+    chat = bool(getattr(tokenizer, "chat_template", None)) and not (raw or record.get("plain"))
     ready = [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in asked]
     decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     found = answers(loaded, tokenizer, ready, decoding)

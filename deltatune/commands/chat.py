@@ -187,15 +187,27 @@ COMMANDS: dict[str, Callable[[Chat, str], bool | None]] = {
 }
 
 
-def speaker(model: Any, tokenizer: Any, max_new_tokens: int, seed: int) -> Speaker:
+@dataclass(frozen=True)
+class Voice:
+    """How a model answers: its longest answer, the seed, and whether it was trained on plain prompts."""
+
+    max_new_tokens: int
+    seed: int = 0
+    plain: bool = False
+
+
+def speaker(model: Any, tokenizer: Any, voice: Voice) -> Speaker:
     """Answers of a loaded model; without its adapter it is exactly the base."""
     from deltatune.core.attach import attached, disabled
     from deltatune.evaluate.generate import Decoding, answers, stream
 
     def speak(messages: Sequence[Message], adapter: bool, temperature: float, show: Show) -> Reply:
-        decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed + len(messages))
+        seed = voice.seed + len(messages)
+        decoding = Decoding(max_new_tokens=voice.max_new_tokens, temperature=temperature, seed=seed)
         prompt: Any = list(messages)
-        if not getattr(tokenizer, "chat_template", None):
+        if voice.plain and adapter:
+            prompt = messages[-1]["content"]
+        elif not getattr(tokenizer, "chat_template", None):
             prompt = "\n".join(message["content"] for message in messages)
         with nullcontext() if adapter or not attached(model) else disabled(model):
             if model.config.is_encoder_decoder:
@@ -273,10 +285,12 @@ def chat(
 ) -> None:
     """Talk to a model; /compare shows base and adapter side by side, /help lists the commands."""
     with quiet():
-        loaded, tokenizer, _ = opened(model, adapter)
+        loaded, tokenizer, record = opened(model, adapter)
         console, has = screen(), adapter is not None
-        speak = speaker(loaded, tokenizer, max_new_tokens, seed)
+        speak = speaker(loaded, tokenizer, Voice(max_new_tokens, seed, bool(record.get("plain"))))
         talk = Chat(speak, console, opener(loaded, tokenizer), has, has, temperature, system)
+        if record.get("plain"):
+            talk.tell("trained on plain prompts: your last message goes in as it is, without the chat template")
         talk.tell("/help lists the commands, /quit ends")
         for line in lines(console):
             if not talk.handle(line):

@@ -39,7 +39,8 @@ def record_of(job: Job) -> dict[str, Any]:
 
     data = job.config.data
     rows = {key: value for key, value in {"format": data.format, "columns": data.columns}.items() if value}
-    return {"objective": record(job.objective), "max_length": job.encoding.max_length} | rows
+    plain = {"plain": True} if any(e.completion is not None for e in job.train) else {}
+    return {"objective": record(job.objective), "max_length": job.encoding.max_length} | plain | rows
 
 
 def open_adapted(
