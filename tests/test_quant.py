@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from conformance import stir
 from deltatune import IA3, LoRA
 from deltatune.core import quant
-from deltatune.core.attach import attach, attached, detach, disabled, merge, parameters, trainable
+from deltatune.core.attach import attach, attached, detach, disabled, parameters, trainable
 from deltatune.core.cost import cost
 from deltatune.core.delta import SLOT, Delta, Dense, Refusal
 from deltatune.core.fingerprint import fingerprint
 from deltatune.core.fuse import fuse
+from deltatune.core.merging import merge
 from deltatune.core.site import Site, find
 from deltatune.core.store import load, save, state, virtual_ids
 from deltatune.methods import build
