@@ -191,8 +191,8 @@ def block_problems(
         if field not in fields:
             has = ", ".join(fields) or "none"
             problems.append(Problem(here, f"unknown field; {name} has {has}{nearest(str(field), fields)}"))
-        elif fields[field].get("methods"):
-            problems += method_problems(as_list(value), here)
+        elif fields[field].get("methods"):  # none where the method says what that means
+            problems += method_problems(as_list(value), here) if value else []
         elif not fits(value, fields[field].get("type", "Any")):
             problems.append(Problem(here, f"{value!r}: {spoken(fields[field]['type'])} is wanted"))
     for field, entry in fields.items():

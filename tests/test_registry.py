@@ -65,6 +65,8 @@ def test_entries_are_whole():
         assert entry.cls.__dataclass_params__.frozen
         assert entry.cls.__doc__
     assert {n: e.peft for n, e in METHODS.items() if e.peft} == {
+        "adalora": "ADALORA",
+        "dora": "LORA",
         "ia3": "IA3",
         "lora": "LORA",
         "prefix": "PREFIX_TUNING",

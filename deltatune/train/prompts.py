@@ -26,6 +26,6 @@ def check_prompts(job: Job) -> None:
     template, have = getattr(job.objective, "template", None), len(job.encoding.prompt_ids)
     if template:
         placed = any(m.method_name == "ptuning" for m in known(job.model, job.adapter).methods[job.adapter])
-        Template(template, gap=job.objective.name == "cloze").demand(have, placed)
+        Template(template, gap=job.objective.name != "sft").demand(have, placed)
     if len(job.encoding.prompt_sets) > 1 and job.encoding.combine == "average" and job.objective.name == "sft":
         raise ValueError("combine: average needs scores of classes, and sft generates text: choose combine: vote")
