@@ -1,0 +1,447 @@
+"""Recovery: does each method, tuned within a small budget, beat the best untuned prompt (or the head alone)?
+
+    python benchmarks/recover.py --data DIR [--only METHOD ...] [--hours H]
+    python benchmarks/recover.py --table [--write docs/evidence/methods.md]
+
+DIR: the sets of docs/evidence/data.md. recover.yaml says what is run. The learning rate is chosen on the dev split with
+one seed; the winner is trained with three seeds and measured on test rows that the sweep never saw. Every finished run
+is one line of docs/evidence/runs/recover.jsonl and is not run again; the table needs nothing but that file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import deltatune
+from deltatune.config import Config, resolve
+from deltatune.core.registry import PRESETS
+from deltatune.evaluate.incontext import Prompt, Search, best_untuned
+from deltatune.evaluate.intervals import Interval, mean_difference
+from deltatune.evaluate.metrics import find
+from deltatune.evaluate.score import score
+from deltatune.train.job import prepare
+from deltatune.train.run import Clock, execute
+from deltatune.train.sets import read
+
+HERE = Path(__file__).resolve().parent
+STORE = HERE.parent / "docs" / "evidence" / "runs" / "recover.jsonl"
+SEEDS = (0, 1, 2)
+ROWS, SECONDS = 512, 90  # the budget of a run: training rows, seconds of training
+HELD_OUT = 64  # training rows on which the best untuned prompt is chosen
+Row = dict[str, Any]
+Table = Mapping[str, Any]
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+def sst2(data: Path, counts: Mapping[str, int]) -> dict[str, list[Row]]:
+    """SST-2's own splits: short sentences, positive or negative."""
+    found = {}
+    for name in ("train", "dev", "test"):
+        lines = (data / "sst2" / f"{name}.tsv").read_text(encoding="utf-8").splitlines()
+        pairs = [line.rpartition("\t") for line in lines if "\t" in line]
+        found[name] = drawn(
+            [{"text": text, "label": ("negative", "positive")[int(n)]} for text, _, n in pairs], counts[name]
+        )
+    return found
+
+
+def wnut17(data: Path, counts: Mapping[str, int]) -> dict[str, list[Row]]:
+    """WNUT 2017's own splits; the training rows are drawn from those that name something."""
+    files = {"train": "wnut17train.conll", "dev": "emerging.dev.conll", "test": "emerging.test.annotated"}
+    found = {}
+    for name, file in files.items():
+        rows = list(sentences((data / "wnut17" / file).read_text(encoding="utf-8")))
+        rows = [row for row in rows if name != "train" or set(row["tags"]) != {"O"}]
+        found[name] = drawn(rows, counts[name])
+    return found
+
+
+def sentences(text: str) -> Iterator[Row]:
+    """Rows of tokens and tags; some blank lines hold a tab. A tag that names two types at once keeps the first."""
+    for block in re.split(r"\n\s*\n", text.replace("\r", "")):
+        pairs = [line.split("\t")[:2] for line in block.split("\n") if line.count("\t") and line.split("\t")[0].strip()]
+        if pairs:
+            yield {"tokens": [word for word, _ in pairs], "tags": [tag.split(",")[0].strip() for _, tag in pairs]}
+
+
+TOPICS = (
+    "card_arrival", "lost_or_stolen_card", "request_refund", "exchange_rate",
+    "pending_transfer", "failed_transfer", "transfer_timing", "change_pin",
+)  # fmt: skip
+
+
+def banking(data: Path, counts: Mapping[str, int]) -> dict[str, list[Row]]:
+    """Eight of Banking77's topics, evenly; dev is a part of its training file, test is its test file."""
+    files = {
+        name: (data / "banking77" / f"{name}.csv").open(encoding="utf-8", newline="") for name in ("train", "test")
+    }
+    rows = {
+        name: [{"text": r["text"], "label": r["category"]} for r in csv.DictReader(file)]
+        for name, file in files.items()
+    }
+    test = even(rows["test"], counts["test"])
+    seen = {row["text"].lower() for row in test}
+    rest = [row for row in rows["train"] if row["text"].lower() not in seen]
+    dev = even(rest, counts["dev"])
+    seen |= {row["text"].lower() for row in dev}
+    return {
+        "train": even([row for row in rest if row["text"].lower() not in seen], counts["train"]),
+        "dev": dev,
+        "test": test,
+    }
+
+
+def even(rows: Sequence[Row], count: int) -> list[Row]:
+    """As many rows of each topic."""
+    each = [drawn([row for row in rows if row["label"] == topic], count // len(TOPICS)) for topic in TOPICS]
+    return drawn([row for part in each for row in part], count)
+
+
+def given(data: Path, counts: Mapping[str, int]) -> dict[str, list[Row]]:
+    """train.jsonl, dev.jsonl and test.jsonl as they lie in the folder."""
+    lines = {
+        name: (data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in ("train", "dev", "test")
+    }
+    return {name: [json.loads(line) for line in found][: counts[name]] for name, found in lines.items()}
+
+
+def drawn(rows: Sequence[Row], count: int) -> list[Row]:
+    """`count` rows by a private generator, no row twice."""
+    unique = list({json.dumps(row, sort_keys=True): row for row in rows}.values())
+    return random.Random(0).sample(unique, min(count, len(unique)))
+
+
+MAKERS: dict[str, Callable[[Path, Mapping[str, int]], dict[str, list[Row]]]] = {
+    "sst2": sst2, "wnut17": wnut17, "banking": banking, "given": given,
+}  # fmt: skip
+
+
+def splits(task: Table, data: Path, into: Path) -> str:
+    """The task's rows as files in `into`; returns their digest. Test rows that are training or dev rows go."""
+    counts = task["rows"]
+    rows = MAKERS[counts["make"]](data, counts)
+    if len(rows["train"]) > ROWS:
+        raise ValueError(f"{len(rows['train'])} training rows; the budget is {ROWS}")
+    kept = {json.dumps(row, sort_keys=True) for row in (*rows["train"], *rows["dev"])}
+    rows["test"] = [row for row in rows["test"] if json.dumps(row, sort_keys=True) not in kept]
+    digest = hashlib.sha256()
+    for name, found in sorted(rows.items()):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
+        (into / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        digest.update(f"{name}\n{text}".encode())
+    return digest.hexdigest()[:16]
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Cell:
+    """One run: `phase` sweep (measured on dev), test, or base (the untuned model on test)."""
+
+    phase: str
+    method: str
+    task: str
+    lr: float
+    seed: int
+
+
+class Store:
+    """Finished runs as JSON lines: of a cell the last line counts, if it was made by today's recipe in `table`."""
+
+    def __init__(self, path: Path, table: Table) -> None:
+        self.path, self.table = path, table
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # what a killed process left of a line is no run
+        lines = [json.loads(line) for line in whole.splitlines()]
+        self.lines: dict[Cell, Row] = {Cell(**line["cell"]): line for line in lines}
+        if whole != text:
+            path.write_text(whole, encoding="utf-8")
+
+    def get(self, cell: Cell) -> Row | None:
+        line = self.lines.get(cell)
+        return line if line and line["recipe"] == recipe(self.table, cell) else None
+
+    def add(self, cell: Cell, found: Row) -> None:
+        """Append one line and see it to the disk."""
+        line = {"cell": asdict(cell), **found, "recipe": recipe(self.table, cell), "version": deltatune.__version__}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.lines[cell] = line
+
+
+def recipe(table: Table, cell: Cell) -> str:
+    """The digest of everything in the table that a cell's outcome depends on."""
+    task = dict(table["tasks"].get(cell.task, {}))
+    prompts = task.pop("prompts", None)
+    method = table["methods"].get(cell.method, {}).get("method")
+    method = PRESETS[method]["method"] if isinstance(method, str) and method in PRESETS else method
+    what = [task, prompts] if cell.phase == "base" else [task, method]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def settings(task: Table, method: Any, cell: Cell, folder: Path) -> Config:
+    """One run as the tree that its YAML file holds."""
+    tree = {
+        "model": task["base"],
+        "method": method,
+        "objective": task["objective"],
+        "data": {"train": str(folder / "train.jsonl")},
+        "train": {**task["train"], "lr": cell.lr, "seed": cell.seed, "precision": "fp32"},
+        "eval": {"retention": False},
+    }
+    return resolve(Config(**tree)).config
+
+
+def compact(metric: str, predictions: Sequence[Any], references: Sequence[Any]) -> Row:
+    """Each row's part of the score: one bit (as hexadecimal digits), or counts (numerator, denominator)."""
+    table = find(metric).table(predictions, references)
+    pairs = np.stack([2 * table[:, 0], table[:, 1:].sum(1)], 1) if table.shape[1] == 3 else table
+    value = float(pairs[:, 0].sum() / pairs[:, 1].sum())
+    if (pairs[:, 1] == 1).all():
+        bits = "".join(str(int(n)) for n in pairs[:, 0])
+        return {"value": value, "bits": f"{int(bits, 2):x}", "count": len(bits)}
+    return {"value": value, "pairs": " ".join(f"{int(a)}/{int(b)}" for a, b in pairs)}
+
+
+def expanded(line: Row) -> np.ndarray:
+    """[rows, 2]: each row's (numerator, denominator) of the score."""
+    if "bits" in line:
+        bits = f"{int(line['bits'], 16):b}".zfill(line["count"])
+        return np.array([(int(bit), 1) for bit in bits], dtype=np.float64)
+    return np.array([[int(n) for n in pair.split("/")] for pair in line["pairs"].split()], dtype=np.float64)
+
+
+def trained(task: Table, method: Any, cell: Cell, folder: Path) -> Row:
+    """Train and measure: the line that is kept of a run."""
+    job, clock = prepare(settings(task, method, cell, folder)), Clock()
+    with tempfile.TemporaryDirectory() as out:
+        done = execute(job, Path(out) / "run", clock)
+    if done.status == "interrupted":
+        raise KeyboardInterrupt
+    file = folder / ("dev.jsonl" if cell.phase == "sweep" else "test.jsonl")
+    scored = score(job, read([str(file)], job.config, []), (task["metric"],))
+    return {
+        **compact(task["metric"], scored.predictions, scored.references),
+        "loss": round(scored.loss, 5) if math.isfinite(scored.loss) else None,
+        "status": done.status,
+        "steps": done.summary["steps"],
+        "parameters": done.summary["trainable_parameters"],
+        "train_s": round(clock.seconds["train"], 1),
+    }
+
+
+def untuned(task: Table, cell: Cell, folder: Path) -> Row:
+    """The base at its best: its best prompt, chosen on training rows; without prompts, the commonest answer."""
+    job = prepare(settings(task, "head" if "prompts" not in task else "lora", cell, folder))
+    rows = read([str(folder / "test.jsonl")], job.config, [])
+    if "prompts" not in task:
+        wanted = [job.objective.reference(e) for e in rows]
+        return {**compact(task["metric"], commonest(job, wanted), wanted), "prompt": "the commonest class"}
+    prompts = [
+        Prompt(**{k: tuple(v) if isinstance(v, list) else spaced(k, v) for k, v in p.items()}) for p in task["prompts"]
+    ]
+    with deltatune.disabled(job.model):
+        search = Search(task["metric"], held_out=HELD_OUT)
+        found = best_untuned(job.model, job.tokenizer, job.train, rows, prompts, search)
+    kept = compact(task["metric"], found["predictions"], found["references"])
+    return {**kept, "prompt": found["prompt"], "held_out": found["held_out"], "skipped": found["skipped"]}
+
+
+def spaced(key: str, value: Any) -> Any:
+    """Label words with the space before them that plain prompts need."""
+    return {name: f" {word}" for name, word in value.items()} if key == "labels" else value
+
+
+def commonest(job: Any, wanted: Sequence[Any]) -> list[Any]:
+    """What says nothing of a row: its commonest class; for words, all outside."""
+    if job.objective.name == "tag":
+        return [tuple("O" for _ in tags) for tags in wanted]
+    most = Counter(job.objective.reference(e) for e in job.train).most_common(1)[0][0]
+    return [most for _ in wanted]
+
+
+# ---- what is to do ---------------------------------------------------------------------------------------------------
+def entries(store: Store) -> dict[str, Any]:
+    """Methods that can be run."""
+    return {name: entry for name, entry in store.table["methods"].items() if "open" not in entry}
+
+
+def best_lr(store: Store, name: str, task: str) -> float | None:
+    """The swept learning rate with the best dev score, over all the method's tasks; None: the sweep is not done."""
+    entry = store.table["methods"][name]
+    tasks = [task] if entry.get("by_task") else entry["tasks"]
+    scores = {}
+    for lr in entry["lr"]:
+        found = [store.get(Cell("sweep", name, t, lr, 0)) for t in tasks]
+        if None in found:
+            return None
+        scores[lr] = sum(line["value"] for line in found if line) / len(found)
+    return max(scores, key=lambda lr: scores[lr])
+
+
+def wanted(store: Store, name: str) -> Iterator[Cell]:
+    """The cells of a method in order; the sweep's come before those that need its winner."""
+    entry = store.table["methods"][name]
+    for task in entry["tasks"]:
+        yield from (Cell("sweep", name, task, lr, 0) for lr in entry["lr"])
+    for task in entry["tasks"]:
+        if name == "head" or "prompts" in store.table["tasks"][task]:
+            yield Cell("base", "", task, 1.0, 0)
+        lr = best_lr(store, name, task)
+        assert lr is not None, "the sweep comes first"
+        yield from (Cell("test", name, task, lr, seed) for seed in SEEDS)
+
+
+def work(store: Store, data: Path, only: Sequence[str], hours: float) -> None:
+    """Every run that is not in the store, until the time is up."""
+    ends = time.monotonic() + 3600 * hours
+    with tempfile.TemporaryDirectory() as place:
+        digests = {}
+        for name in only or entries(store):
+            for cell in wanted(store, name):
+                task, folder = store.table["tasks"][cell.task], Path(place) / cell.task
+                if cell.task not in digests:
+                    folder.mkdir()
+                    digests[cell.task] = splits(task, data, folder)
+                if (store.get(cell) or {}).get("rows") == digests[cell.task]:
+                    continue
+                if time.monotonic() > ends:
+                    return
+                method = store.table["methods"][name]["method"]
+                began = time.monotonic()
+                found = untuned(task, cell, folder) if cell.phase == "base" else trained(task, method, cell, folder)
+                found["wall_s"] = round(time.monotonic() - began, 1)
+                store.add(cell, {**found, "rows": digests[cell.task]})
+                print(f"{cell} {found['value']:.4f}", flush=True)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Recovery:
+    """A method on a task: its three runs, what they are compared with, and the paired difference."""
+
+    runs: list[Row]
+    base: list[Row]
+    gain: Interval
+
+    @property
+    def holds(self) -> bool:
+        return self.gain.low > 0
+
+
+def recovery(store: Store, name: str, task: str) -> Recovery | None:
+    """None where runs are missing. Rows are resampled, each with its three seeds, so that no row counts as three."""
+    lr = best_lr(store, name, task)
+    if lr is None:
+        return None
+    runs = [store.get(Cell("test", name, task, lr, seed)) for seed in SEEDS]
+    prompts = name == "head" or "prompts" in store.table["tasks"][task]
+    base_lr = None if prompts else best_lr(store, "head", task)
+    first = Cell("base", "", task, 1.0, 0)
+    cells = [first] * len(SEEDS) if prompts else [Cell("test", "head", task, base_lr or 0.0, seed) for seed in SEEDS]
+    base = [store.get(cell) for cell in cells]
+    if any(line is None for line in (*runs, *base)) or len({line["rows"] for line in (*runs, *base) if line}) > 1:
+        return None
+    after, before = (sum(expanded(line) for line in lines if line) for lines in (runs, base))
+    gain = mean_difference(np.asarray(before), np.asarray(after))
+    return Recovery([r for r in runs if r], [b for b in base if b], gain)
+
+
+def swept(store: Store, name: str, task: str) -> str:
+    """Each learning rate's dev score."""
+    lines = {lr: store.get(Cell("sweep", name, task, lr, 0)) for lr in store.table["methods"][name]["lr"]}
+    return ", ".join(f"{lr:g}: {line['value']:.3f}" for lr, line in lines.items() if line)
+
+
+def shown(store: Store, name: str, task: str) -> str:
+    """One row of the table."""
+    found = recovery(store, name, task)
+    head = f"| {name} | {task} | {swept(store, name, task) or '-'} "
+    if found is None:
+        return f"{head}| | | | | | | open |"
+    runs, gain = found.runs, found.gain
+    seconds = max(line["train_s"] for line in runs)
+    over = f" (over {SECONDS})" if seconds > SECONDS else ""
+    base = sum(line["value"] for line in found.base) / len(found.base)
+    what = found.base[0].get("prompt") or "head"
+    scores = ", ".join(f"{line['value']:.3f}" for line in runs)
+    said = "yes" if found.holds else "NO"
+    unit = f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]"
+    lr = f"{best_lr(store, name, task):g}"
+    more = f"{base:.3f} ({what}) | {scores} | {unit} | {seconds:.0f}{over} | {said} |"
+    return f"{head}| {lr} | {runs[0]['parameters']:,} | {more}"
+
+
+def written(store: Store) -> str:
+    """The evidence table, from the store alone."""
+    tasks = [
+        f"- {name}: {task['base']}; {task['rows']['train']} training rows, {task['rows']['dev']} dev rows, "
+        f"{task['metric']} on {task['rows']['test']} test rows"
+        for name, task in store.table["tasks"].items()
+    ]
+    names = (
+        "method", "task", "sweep on dev (lr: score)", "lr", "trained parameters", "untuned", "tuned, 3 seeds",
+        "gain [95 %]", "training, s", "recovered",
+    )  # fmt: skip
+    top = f"| {' | '.join(names)} |"
+    lines = [shown(store, name, task) for name, entry in entries(store).items() for task in entry["tasks"]]
+    lines += [
+        f"| {n} | - | - | | | | | | | open: {e['open']} |" for n, e in store.table["methods"].items() if "open" in e
+    ]
+    return "\n".join([*tasks, "", top, "|" + "---|" * len(names), *lines])
+
+
+def put(text: str, into: Path) -> None:
+    """Replace what stands between the marks of a page."""
+    start, end = "<!-- recover -->", "<!-- /recover -->"
+    page = into.read_text(encoding="utf-8")
+    if start not in page or end not in page:
+        raise ValueError(f"{into} has no {start} and {end}")
+    head, _, rest = page.partition(start)
+    into.write_text(f"{head}{start}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with the sets of docs/evidence/data.md")
+    parser.add_argument("--only", nargs="*", default=[], metavar="METHOD")
+    parser.add_argument("--hours", type=float, default=1000.0, help="no run begins after that")
+    parser.add_argument("--what", type=Path, default=HERE / "recover.yaml", help="tasks and methods")
+    parser.add_argument("--store", type=Path, default=STORE)
+    parser.add_argument("--table", action="store_true", help="print the table from the store; runs nothing")
+    parser.add_argument("--write", type=Path, help="put the table into this page")
+    args = parser.parse_args(argv)
+    store = Store(args.store, yaml.safe_load(args.what.read_text(encoding="utf-8")))
+    if unknown := [name for name in args.only if name not in entries(store)]:
+        parser.error(f"no method {unknown[0]!r} to run; there are {', '.join(entries(store))}")
+    if not args.table:
+        if args.data is None:
+            parser.error("--data DIR is needed to run (or --table)")
+        work(store, args.data, args.only, args.hours)
+    text = written(store)
+    if args.write:
+        put(text, args.write)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The recovery harness: a store that goes on where it stopped, a table from the store alone, failures called so."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import tiny_run as t
+from deltatune.core.registry import METHODS, PRESETS
+
+ROOT = Path(__file__).parents[1]
+found = importlib.util.spec_from_file_location("recover", ROOT / "benchmarks" / "recover.py")
+recover = importlib.util.module_from_spec(found)
+sys.modules["recover"] = recover
+found.loader.exec_module(recover)
+
+TRAIN = {"steps": 20, "batch_rows": 8, "schedule": "constant", "warmup": 0}
+
+
+def rows(path, count, seed):
+    """The word that decides among words that do not."""
+    draw, made = random.Random(seed), {}
+    while len(made) < count:
+        label = draw.choice(("pos", "neg"))
+        word = {"pos": "great", "neg": "terrible"}[label]
+        said = [draw.choice(("it", "was", "the", "film", "a", "plot")) for _ in range(4)]
+        made[" ".join([*said, word])] = label
+    return t.lines(path, [{"text": text, "label": label} for text, label in made.items()])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A task on a tiny BERT: heads that cannot learn, adapters that can, and adapters that cannot."""
+    folder = tmp_path_factory.mktemp("recover")
+    t.masked_model(folder / "model")
+    for seed, (name, count) in enumerate({"train": 64, "dev": 20, "test": 60}.items()):
+        rows(folder / f"{name}.jsonl", count, seed)
+    task = {
+        "base": str(folder / "model"),
+        "rows": {"make": "given", "train": 64, "dev": 20, "test": 60},
+        "objective": "classify",
+        "metric": "accuracy",
+        "train": TRAIN,
+    }
+    methods = {
+        "head": {"tasks": ["tiny"], "method": "head", "lr": [1e-7], "by_task": True},
+        "learns": {"tasks": ["tiny"], "method": {"full": {}}, "lr": [1e-7, 5e-3]},
+        "stuck": {"tasks": ["tiny"], "method": "pfeiffer", "lr": [1e-7]},
+        "missing": {"open": "no checkpoint"},
+    }
+    (folder / "what.yaml").write_text(yaml.safe_dump({"tasks": {"tiny": task}, "methods": methods}))
+    return folder
+
+
+def call(place, *more, store="store.jsonl"):
+    recover.main(["--data", str(place), "--what", str(place / "what.yaml"), "--store", str(place / store), *more])
+
+
+def table(place, capsys, store="store.jsonl"):
+    capsys.readouterr()
+    recover.main(["--table", "--what", str(place / "what.yaml"), "--store", str(place / store)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    return {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[1:-1]] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def ran(place):
+    call(place)
+    return place
+
+
+def test_a_method_that_learns_recovers_and_one_that_does_not_is_told(ran, capsys):
+    told = table(ran, capsys)
+    assert told["learns"][3] == "0.005"  # the dev split chose it
+    assert told["learns"][-1] == "yes"
+    assert told["stuck"][-1] == "NO"
+    assert told["head"][5].endswith("(the commonest class)")
+    assert told["missing"][-1] == "open: no checkpoint"
+
+
+def test_a_finished_run_is_not_run_again(ran, monkeypatch):
+    monkeypatch.setattr(recover, "trained", lambda *_: pytest.fail("a run of the store was run again"))
+    monkeypatch.setattr(recover, "untuned", lambda *_: pytest.fail("a run of the store was run again"))
+    call(ran)
+
+
+def copied(ran, name, text):
+    (ran / name).write_text(text)
+    return name
+
+
+def test_what_a_killed_process_left_is_run_again_and_comes_out_alike(ran):
+    lines = (ran / "store.jsonl").read_text().splitlines(keepends=True)
+    name = copied(ran, "cut.jsonl", "".join(lines[:-1]) + lines[-1][:40])
+    call(ran, store=name)
+    again = [json.loads(line) for line in (ran / name).read_text().splitlines()]
+    before = [json.loads(line) for line in lines]
+    timed = ("train_s", "wall_s")
+    assert [{k: v for k, v in line.items() if k not in timed} for line in again] == [
+        {k: v for k, v in line.items() if k not in timed} for line in before
+    ]
+
+
+def test_no_run_begins_when_the_time_is_up(ran, monkeypatch, capsys):
+    lines = (ran / "store.jsonl").read_text().splitlines(keepends=True)
+    name = copied(ran, "short.jsonl", "".join(line for line in lines if '"stuck"' not in line))
+    monkeypatch.setattr(recover, "trained", lambda *_: pytest.fail("the time was up"))
+    call(ran, "--hours", "0", store=name)
+    assert table(ran, capsys, name)["stuck"][-1] == "open"
+
+
+def test_another_recipe_is_another_run(ran):
+    what = yaml.safe_load((ran / "what.yaml").read_text())
+    cell = recover.Cell("sweep", "learns", "tiny", 5e-3, 0)
+    assert recover.Store(ran / "store.jsonl", what).get(cell)
+    what["tasks"]["tiny"]["train"] = {**TRAIN, "steps": 21}
+    assert recover.Store(ran / "store.jsonl", what).get(cell) is None
+
+
+def line(store, cell, bits):
+    store.add(
+        cell, {"value": bits.count("1") / len(bits), "bits": f"{int(bits, 2):x}", "count": len(bits), "rows": "r"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("right", "holds"),
+    [
+        # untuned: 0 of 40 rows; tuned: the same k rows in every seed, which count once, not three times
+        ("1" * 20 + "0" * 20, True),
+        ("1" * 1 + "0" * 39, False),
+        ("1" * 8 + "0" * 32, True),
+    ],
+)
+def test_the_interval_is_over_rows_not_over_runs(place, tmp_path, right, holds):
+    what = yaml.safe_load((place / "what.yaml").read_text())
+    what["methods"]["learns"]["lr"] = [1.0]
+    store = recover.Store(tmp_path / "s.jsonl", what)
+    line(store, recover.Cell("sweep", "head", "tiny", 1e-7, 0), "0")
+    line(store, recover.Cell("sweep", "learns", "tiny", 1.0, 0), "1")
+    for seed in recover.SEEDS:
+        line(store, recover.Cell("test", "head", "tiny", 1e-7, seed), "0" * 40)
+        line(store, recover.Cell("test", "learns", "tiny", 1.0, seed), right)
+    got = recover.recovery(recover.Store(tmp_path / "s.jsonl", what), "learns", "tiny")
+    assert got.gain.value == right.count("1") / 40
+    assert got.holds is holds
+    share = got.gain.value  # three alike runs have the spread of one: binomial, n = 40
+    wide = 2 * 1.96 * (share * (1 - share) / 40) ** 0.5
+    assert got.gain.high - got.gain.low == pytest.approx(wide, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("metric", "said", "wanted", "pairs"),
+    [
+        ("accuracy", list("aabb"), list("abbb"), [[1, 1], [0, 1], [1, 1], [1, 1]]),
+        ("accuracy", list("ba"), list("ab"), [[0, 1], [0, 1]]),
+        ("span_f1", [("B-x", "O"), ("O", "O")], [("B-x", "O"), ("B-y", "I-y")], [[2, 2], [0, 1]]),
+    ],
+)
+def test_rows_are_kept_compactly_and_come_back(metric, said, wanted, pairs):
+    kept = recover.compact(metric, said, wanted)
+    assert recover.expanded(kept).tolist() == pairs
+    assert kept["value"] == pytest.approx(recover.find(metric).compute(said, wanted))
+
+
+def test_sentences_end_at_blank_lines_with_a_tab_in_them_too():
+    text = "We\tO\nin\tO\nBern\tB-location\n\t\nHi\tO\r\n\r\nAcme\tB-group,B-product\n"
+    assert list(recover.sentences(text)) == [
+        {"tokens": ["We", "in", "Bern"], "tags": ["O", "O", "B-location"]},
+        {"tokens": ["Hi"], "tags": ["O"]},
+        {"tokens": ["Acme"], "tags": ["B-group"]},
+    ]
+
+
+def test_no_test_row_is_a_training_or_dev_row(tmp_path):
+    for name in ("train", "dev"):
+        t.lines(tmp_path / f"{name}.jsonl", [{"text": name, "label": "a"}])
+    t.lines(tmp_path / "test.jsonl", [{"text": text, "label": "a"} for text in ("train", "dev", "new")])
+    (tmp_path / "made").mkdir()
+    recover.splits({"rows": {"make": "given", "train": 9, "dev": 9, "test": 9}}, tmp_path, tmp_path / "made")
+    assert [json.loads(x)["text"] for x in (tmp_path / "made" / "test.jsonl").read_text().splitlines()] == ["new"]
+
+
+def test_more_rows_than_the_budget_are_refused(tmp_path):
+    for name, count in (("train", 513), ("dev", 1), ("test", 1)):
+        t.lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": "a"} for i in range(count)])
+    with pytest.raises(ValueError, match="513 training rows; the budget is 512"):
+        recover.splits({"rows": {"make": "given", "train": 999, "dev": 1, "test": 1}}, tmp_path, tmp_path)
+
+
+# ---- what the repository holds ---------------------------------------------------------------------------------------
+OURS = yaml.safe_load((ROOT / "benchmarks" / "recover.yaml").read_text(encoding="utf-8"))
+
+
+def test_every_method_and_preset_is_in_the_table():
+    blocks = [yaml.safe_dump(entry.get("method", "")) for entry in OURS["methods"].values()]
+    named = " ".join(blocks).replace(":", " ").split()
+    untold = {"tokens", "full", "gate", "adapter", "sparse", "adalora-paper", "dora-paper", "lora-paper", "lora-qv"}
+    assert {*METHODS, *PRESETS} - {*named} <= untold
+
+
+def test_a_learning_rate_is_called_ours_only_where_the_store_chose_it():
+    store = recover.Store(recover.STORE, OURS)
+    told = {name: entry.lr for name, entry in METHODS.items() if "our sweep" in entry.source}
+    assert told == {name: recover.best_lr(store, name, "") for name in told}
+
+
+def test_the_page_shows_what_the_store_holds():
+    page = (ROOT / "docs" / "evidence" / "methods.md").read_text(encoding="utf-8")
+    shown = page.partition("<!-- recover -->\n")[2].partition("\n<!-- /recover -->")[0]
+    assert shown == recover.written(recover.Store(recover.STORE, OURS))
