@@ -194,6 +194,30 @@ def test_more_rows_than_the_budget_are_refused(tmp_path):
         recover.splits({"rows": {"make": "given", "train": 999, "dev": 1, "test": 1}}, tmp_path, tmp_path)
 
 
+def test_the_untuned_model_has_the_best_of_its_prompts(tmp_path):
+    """A causal base; words scored where they come, in plain text and in chat, and one prompt that cannot be asked."""
+    t.chat_model(tmp_path / "model")
+    for seed, name in enumerate(("train", "dev", "test")):
+        rows(tmp_path / f"{name}.jsonl", 12, seed)
+    words = {"pos": "a", "neg": "b"}
+    task = {
+        "base": str(tmp_path / "model"),
+        "objective": {"cloze": {"template": "{text} <mask>", "labels": words}},
+        "metric": "accuracy",
+        "train": {"steps": 1, "batch_rows": 4},
+        "prompts": [
+            {"name": "plain", "template": "{text}", "labels": words, "chat": False},
+            {"name": "chat, 2 shots", "template": "{text}", "labels": words, "shots": 2},
+            {"name": "too much", "template": "{text}", "labels": words, "shots": 99},
+        ],
+    }
+    told = recover.untuned(task, recover.Cell("base", "", "x", 1.0, 0), tmp_path)
+    assert told["prompt"] in ("plain", "chat, 2 shots")
+    assert set(told["skipped"]) == {"too much"}
+    assert recover.expanded(told).shape == (12, 2)
+    assert told["value"] == recover.expanded(told)[:, 0].mean()
+
+
 # ---- what the repository holds ---------------------------------------------------------------------------------------
 OURS = yaml.safe_load((ROOT / "benchmarks" / "recover.yaml").read_text(encoding="utf-8"))
 
