@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .delta import SLOT, Refusal
+from .site import pairs
 
 IMPLEMENTATION = "deltatune"  # the name it is registered under in transformers
 CROSS = frozenset(("EncDecAttention", "encoder_attn", "crossattention", "cross_attn"))
@@ -342,8 +343,8 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
     kind: "self" in models with one stack; "encoder", "decoder" or "cross" in encoder-decoders.
     """
-    pairs = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    return [(n, m, _kind(n) if pairs else "self") for n, m in model.named_modules() if _is_attention(n, m)]
+    two = pairs(model)
+    return [(n, m, _kind(n) if two else "self") for n, m in model.named_modules() if _is_attention(n, m)]
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:

@@ -88,7 +88,7 @@ def place(model: nn.Module) -> tuple[Site, nn.Embedding]:
     raise Refusal(
         "soft prompts stand for rows of a token embedding.",
         found=f"{name}: {type(layer).__name__}",
-        instead="Prefix, which needs no embedding",
+        instead="Prefix, which needs no embedding; for images VisualPrompt (visual_prompt)",
     )
 
 
