@@ -158,7 +158,7 @@ def count_prefix(cell: Any, fields: dict[str, Any]) -> int:
     attention, _, kv, _ = shape(cell)
     if fields.get("reparam") != "mlp":
         return attention * 2 * kv * fields["length"]
-    h, stacks = fields["hidden"], 3 if two_stacks(cell) else 1
+    h, stacks = fields["hidden"], 3 if two_stacks(cell) else 1 + two_towers(cell)
     return stacks * (32 * fields["length"] + (32 + 1) * h) + attention * 2 * kv * (h + 1)
 
 
@@ -185,7 +185,7 @@ COUNTS: dict[str, Callable[[Any, dict], int]] = {
     "prompt": lambda c, f: 32 * f["length"] * f.get("count", 1),
     "ptuning": count_ptuning,
     "visual_prompt": lambda c, f: 32 * f["length"] * (2 if f.get("deep") else 1),
-    "tokens": lambda c, f: 32 * len(f["ids"]) * (1 if c.original.config.tie_word_embeddings or beyond(c) else 2),
+    "tokens": lambda c, f: 32 * len(f["ids"]) * (1 if beyond(c) or c.original.config.tie_word_embeddings else 2),
     "bitfit": count_named(lambda n, c: n.endswith("bias") and not in_head(n, c)),
     "freeze": count_named(in_last_block),
     "full": count_named(lambda n, c: True),
