@@ -55,7 +55,7 @@ NO_PEFT_FORM: dict[tuple[str, str], str] = {
     **{("prefix", family): "peft has no prefix for masked language models" for family in MASKED},
     **{("prompt", family): "peft has no prompt for masked language models" for family in MASKED},
     **{("prefix", family): "peft has no prefix for these models" for family in ("vit", "clip", "whisper")},
-    **{("prompt", "clip"): "peft has no prompt for CLIP"},
+    ("prompt", "clip"): "peft has no prompt for CLIP",
 }
 
 # unions that have no peft form although each of their parts has one

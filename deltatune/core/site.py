@@ -362,7 +362,7 @@ def reader(model: Any) -> Any:
 
 
 def embeddings(model: Any) -> list[str]:
-    """The token embeddings: the encoder's and, where it is another module, the decoder's. [] where none reads tokens."""
+    """The token embeddings: the encoder's and, where it is another module, the decoder's. [] for images."""
     names = [embedding(model)]
     if pairs(model):
         names.append(name_of(model, model.get_decoder().get_input_embeddings()))
