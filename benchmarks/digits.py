@@ -32,13 +32,13 @@ ROWS = 32
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 # name -> the methods beside the head, and the rate of RATES that was best on dev rows (--sweep)
 SETTINGS: dict[str, tuple[tuple[Any, ...], float]] = {
-    "head": ((), 1e-2),
+    "head": ((), 1e-1),
     "adapter": ((Adapter(bottleneck=8),), 1e-2),
-    "LoRA": ((LoRA(r=4),), 1e-2),
-    "visual prompts, shallow": ((VisualPrompt(10),), 1e-2),
-    "visual prompts, deep": ((VisualPrompt(10, deep=True),), 1e-2),
-    "prefix": ((Prefix(10),), 1e-2),
-    "SpotTune (LoRA)": ((SpotTune(of=(LoRA(r=4),), hidden=16),), 1e-2),
+    "LoRA": ((LoRA(r=4),), 3e-3),
+    "visual prompts, shallow": ((VisualPrompt(10),), 1e-1),
+    "visual prompts, deep": ((VisualPrompt(10, deep=True),), 3e-2),
+    "prefix": ((Prefix(10),), 1e-1),
+    "SpotTune (LoRA)": ((SpotTune(of=(LoRA(r=4),), hidden=16),), 3e-3),
     "full": ((Full(),), 1e-3),
 }
 
