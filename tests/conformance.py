@@ -26,7 +26,7 @@ from deltatune.core.registry import identity
 from deltatune.core.slot import deltas
 from deltatune.core.store import load, save, state, virtual_ids
 from deltatune.methods import METHODS, build
-from models import FAMILIES, inputs, tiny
+from models import ALL, inputs, tiny
 from refusals import NEVER_PEFT, NO_PEFT_FORM, REFUSED, ROWLESS, UNMERGEABLE
 
 UNIONS: dict[str, list[dict[str, dict[str, Any]]]] = {
@@ -99,7 +99,7 @@ def original(family: str, task: str = "lm") -> Any:
 
 def cells() -> Iterator[Cell]:
     for variant in VARIANTS:
-        for family in FAMILIES:
+        for family in ALL:
             yield Cell(variant, family)
 
 
@@ -134,14 +134,20 @@ def prepended(given: dict[str, Tensor], front: Tensor) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(model: Any, given: dict[str, Tensor]) -> Tensor:
     """Without gradients: T5's position bias makes attention take another kernel where its table could be trained."""
-    return model(**given, use_cache=False).logits if takes_cache(model) else model(**given).logits
+    return answer(model(**given, **({"use_cache": False} if takes_cache(model) else {})))
+
+
+def answer(out: Any) -> Tensor:
+    """The logits; of CLIP, whose logits are of pairs of rows, each row's two embeddings."""
+    return torch.cat([out.text_embeds, out.image_embeds], -1) if "text_embeds" in out else out.logits
 
 
 def takes_cache(model: Any) -> bool:
-    return FAMILIES_BY_TYPE.get(model.config.model_type) in ("causal", "seq2seq")
+    reads_sounds_only = type(model).__name__.endswith("AudioClassification")
+    return KINDS.get(model.config.model_type) in ("causal", "seq2seq", "speech") and not reads_sounds_only
 
 
-FAMILIES_BY_TYPE = {family.config.model_type: family.kind for family in FAMILIES.values()}
+KINDS = {family.config.model_type: family.kind for family in ALL.values()}
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> None:
@@ -330,11 +336,12 @@ def checkpointing_changes_nothing(cell: Cell) -> None:
 
 
 def cached_generation(cell: Cell) -> None:
-    if cell.task != "lm" or FAMILIES[cell.family].kind == "masked":
+    if cell.task != "lm" or ALL[cell.family].kind not in ("causal", "seq2seq", "speech"):
         return
     model = cell.attached()
-    given = {k: v for k, v in batch(model).items() if k in ("input_ids", "attention_mask")}
-    given["attention_mask"][0, :2] = 0  # left padding
+    given = {k: v for k, v in batch(model).items() if k in ("input_ids", "attention_mask", "input_features")}
+    if "attention_mask" in given:
+        given["attention_mask"][0, :2] = 0  # left padding
     settings = {"max_new_tokens": 4, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
     one, other = (model.generate(**given, **settings, use_cache=cache) for cache in (True, False))
     assert torch.equal(one.sequences, other.sequences)
@@ -378,7 +385,7 @@ def rows_equal_one_by_one(cell: Cell) -> None:
     together = logits_by_row(model, names, given)
     for i, name in enumerate(names):
         activate(model, *([name] if name else []))
-        alone = logits(model, {k: v[i : i + 1] for k, v in given.items()})
+        alone = logits(model, {k: v[i : i + 1] if v.ndim else v for k, v in given.items()})
         close(together[i : i + 1], alone, SUMS)
     for i, j in ((0, 1), (2, 3)):
         assert together.shape[0] == 5
@@ -387,7 +394,8 @@ def rows_equal_one_by_one(cell: Cell) -> None:
 
 def mixed(model: Any, names: tuple[str | None, ...]) -> dict[str, Tensor]:
     """One batch whose rows carry the virtual ids of their own adapter."""
-    given = {k: v[:1].expand(len(names), *v.shape[1:]).clone() for k, v in batch(model, None).items()}
+    found = batch(model, None).items()
+    given = {k: v[:1].expand(len(names), *v.shape[1:]).clone() if v.ndim else v for k, v in found}
     own = [virtual_ids(model, name) if name else () for name in names]
     if not any(own):
         return given
@@ -441,7 +449,7 @@ def gap(a: Tensor, b: Tensor) -> float:
 @torch.no_grad()
 def peft_logits(theirs: Any, model: Any) -> Tensor:
     """peft puts the prompt's embeddings in front by itself."""
-    return theirs(**{k: v for k, v in batch(model, None).items() if k != "labels"}).logits
+    return answer(theirs(**{k: v for k, v in batch(model, None).items() if k != "labels"}))
 
 
 def parameter_count(cell: Cell) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from models import FAMILIES
+from models import ALL, BEYOND_TEXT
 
 GATED = ("llama", "qwen", "mistral", "gemma")
 
@@ -22,18 +22,28 @@ def count(cell: Any) -> int:
 
 def shape(cell: Any) -> tuple[int, int, int, dict[str, tuple[tuple[int, int], ...]]]:
     """(attention layers, feed-forward layers, key-value width, role -> (d_in, d_out) of its layers)."""
-    family = FAMILIES[cell.family]
-    attention, ffn = (6, 4) if family.kind == "seq2seq" else (2, 2)
+    family = ALL[cell.family]
+    attention, ffn = (6, 4) if two_stacks(cell) else (4, 4) if two_towers(cell) else (2, 2)
     kv = 16 if family.gqa else 32
     up = ((32, 48), (32, 48)) if cell.family in GATED else ((32, 96 if cell.family in ("phi3", "modernbert") else 48),)
     shapes = {"q": ((32, 32),), "k": ((32, kv),), "v": ((32, kv),), "o": ((32, 32),), "up": up, "down": ((48, 32),)}
     return attention, ffn, kv, shapes
 
 
+def two_stacks(cell: Any) -> bool:
+    """Encoder and decoder: Whisper's classifier is its encoder alone."""
+    return ALL[cell.family].kind == "seq2seq" or (cell.family == "whisper" and cell.task == "lm")
+
+
+def two_towers(cell: Any) -> bool:
+    """Text and vision: CLIP's classifier is its vision tower alone."""
+    return cell.family == "clip" and cell.task == "lm"
+
+
 def linears(cell: Any, fields: dict[str, Any]) -> list[tuple[int, int]]:
     """(d_in, d_out) of every target layer."""
     attention, ffn, _, shapes = shape(cell)
-    if FAMILIES[cell.family].fused and "targets" not in fields:  # "all" takes a fused projection as one layer
+    if ALL[cell.family].fused and "targets" not in fields:  # "all" takes a fused projection as one layer
         shapes = {"o": shapes["o"], "up": shapes["up"], "down": shapes["down"]}
         shapes["qkv"] = ((32, 32 + 2 * shape(cell)[2]),)
     roles = fields.get("targets", shapes)
@@ -61,16 +71,18 @@ def stored(cell: Any) -> int:
 
 def count_diffprune(cell: Any, fields: dict[str, Any]) -> int:
     """A value and a gate for every entry of weight and bias, and one more gate for each of the two."""
-    biased = FAMILIES[cell.family].biased
-    return sum(2 * (i * o + biased * o) + 1 + biased for i, o in linears(cell, fields))
+    biased = ALL[cell.family].biased
+    bare = shape(cell)[0] * (2 * 32 + 1) if cell.family == "whisper" else 0  # its keys have no bias
+    return sum(2 * (i * o + biased * o) + 1 + biased for i, o in linears(cell, fields)) - bare
 
 
 def count_adapter(cell: Any, fields: dict[str, Any]) -> int:
     attention, ffn, _, _ = shape(cell)
-    stacks = 2 if FAMILIES[cell.family].kind == "seq2seq" else 1
+    stacks = 2 if two_stacks(cell) or two_towers(cell) else 1
+    crossed = two_stacks(cell)
     places = {"attention": attention, "ffn": ffn, "block": ffn}
     n = fields.get("skip", 0)  # a decoder's block attends twice
-    skipped = {"attention": (2 * stacks - 1) * n, "ffn": stacks * n, "block": stacks * n}
+    skipped = {"attention": (stacks + crossed) * n, "ffn": stacks * n, "block": stacks * n}
     m = fields["bottleneck"] if "bottleneck" in fields else 32 // fields["reduction"]
     each = 2 * 32 * m + m + 32 + (fields.get("scale") == "learned")
     chosen = fields.get("where", ("attention", "ffn"))
@@ -102,7 +114,7 @@ def count_named(chosen: Callable[[str, Any], bool]) -> Callable[[Any, dict], int
 
 HEADS = ("score", "classifier", "pre_classifier", "classification_head", "head", "lm_head", "cls", "decoder",
          "vocab_transform", "vocab_layer_norm", "vocab_projector", "generator_predictions",
-         "generator_lm_head")  # fmt: skip
+         "generator_lm_head", "projector")  # fmt: skip
 
 
 def in_head(name: str, cell: Any) -> bool:
@@ -110,7 +122,9 @@ def in_head(name: str, cell: Any) -> bool:
 
 
 def in_last_block(name: str, cell: Any) -> bool:
-    seq2seq = FAMILIES[cell.family].kind == "seq2seq"
+    seq2seq = two_stacks(cell)
+    if cell.family == "clip" and "vision_model" not in name:
+        return False
     return any(f".{w}.1." in name.replace("decoder.block", "x.block") for w in ("layers", "h", "block", "layer")) and (
         not seq2seq or "decoder" in name
     ) and not (cell.family == "t5" and "block.1." not in name)  # fmt: skip
@@ -118,7 +132,7 @@ def in_last_block(name: str, cell: Any) -> bool:
 
 def count_spottune(cell: Any, fields: dict[str, Any]) -> int:
     """The policy's two layers, and the methods inside; [] is a copy of each block."""
-    blocks, h = 2 * (1 + (FAMILIES[cell.family].kind == "seq2seq")), fields["hidden"]
+    blocks, h = 2 * (1 + two_stacks(cell)), fields["hidden"]
     inner = sum(COUNTS[name](cell, own) for part in fields["of"] for name, own in part.items())
     names = cell.original.named_parameters()
     copied = sum(p.numel() for n, p in names if in_a_block(n) and "relative_attention_bias" not in n)
@@ -132,6 +146,10 @@ def count_gate(cell: Any, fields: dict[str, Any]) -> int:
     return inner + sum(i + 1 for i, _ in linears(cell, {})) + attention * 33 + attention * 33 + ffn * 49
 
 
+def beyond(cell: Any) -> bool:
+    return cell.family in BEYOND_TEXT  # Whisper's embeddings are tied, CLIP has no output projection
+
+
 def in_a_block(name: str) -> bool:
     return any(f".{w}.{i}." in f".{name}" for w in ("layers", "h", "block", "layer") for i in (0, 1))
 
@@ -140,7 +158,7 @@ def count_prefix(cell: Any, fields: dict[str, Any]) -> int:
     attention, _, kv, _ = shape(cell)
     if fields.get("reparam") != "mlp":
         return attention * 2 * kv * fields["length"]
-    h, stacks = fields["hidden"], 3 if FAMILIES[cell.family].kind == "seq2seq" else 1
+    h, stacks = fields["hidden"], 3 if two_stacks(cell) else 1 + two_towers(cell)
     return stacks * (32 * fields["length"] + (32 + 1) * h) + attention * 2 * kv * (h + 1)
 
 
@@ -166,7 +184,8 @@ COUNTS: dict[str, Callable[[Any, dict], int]] = {
     "prefix": count_prefix,
     "prompt": lambda c, f: 32 * f["length"] * f.get("count", 1),
     "ptuning": count_ptuning,
-    "tokens": lambda c, f: 32 * len(f["ids"]) * (1 if c.original.config.tie_word_embeddings else 2),
+    "visual_prompt": lambda c, f: 32 * f["length"] * (2 if f.get("deep") else 1),
+    "tokens": lambda c, f: 32 * len(f["ids"]) * (1 if beyond(c) or c.original.config.tie_word_embeddings else 2),
     "bitfit": count_named(lambda n, c: n.endswith("bias") and not in_head(n, c)),
     "freeze": count_named(in_last_block),
     "full": count_named(lambda n, c: True),

@@ -19,11 +19,17 @@ LABELS = 3
 POSITIONS = 128
 LOWEST_ID = 5  # ids below are pad, bos, eos, mask ... in one family or another
 
-Kind = Literal["causal", "masked", "seq2seq"]
+Kind = Literal["causal", "masked", "seq2seq", "vision", "contrastive", "speech"]
 AUTO = {
     ("causal", "lm"): hf.AutoModelForCausalLM,
     ("masked", "lm"): hf.AutoModelForMaskedLM,
     ("seq2seq", "lm"): hf.AutoModelForSeq2SeqLM,
+    ("vision", "lm"): hf.AutoModelForImageClassification,
+    ("contrastive", "lm"): hf.AutoModel,
+    ("speech", "lm"): hf.AutoModelForSpeechSeq2Seq,
+    ("vision", "classify"): hf.AutoModelForImageClassification,
+    ("contrastive", "classify"): hf.AutoModelForImageClassification,
+    ("speech", "classify"): hf.AutoModelForAudioClassification,
 }
 TASKS = {"classify": hf.AutoModelForSequenceClassification, "trunk": hf.AutoModel}
 
@@ -120,6 +126,26 @@ FAMILIES: Mapping[str, Family] = MappingProxyType({
         "forced_eos_token_id": None} | _NO_DROPOUT),
 })  # fmt: skip
 
+IMAGE, FRAMES, MELS = 8, 20, 8
+_TOWER = {"hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+_IMAGES = {"image_size": IMAGE, "patch_size": 4, "num_channels": 3}
+# families that read images and sounds: "lm" is what they were pre-trained for (classes, for ViT)
+BEYOND_TEXT: Mapping[str, Family] = MappingProxyType({
+    "vit": Family(hf.ViTConfig, "vision", biased=True, sizes=_TOWER | _IMAGES),
+    "clip": Family(hf.CLIPConfig, "contrastive", biased=True, sizes={
+        "projection_dim": 16, "vision_config": _TOWER | _IMAGES, "text_config": _TOWER | {
+            "vocab_size": VOCAB, "max_position_embeddings": 32, "pad_token_id": 0, "bos_token_id": 1,
+            "eos_token_id": 3}}),
+    "whisper": Family(hf.WhisperConfig, "speech", biased=True, sizes={
+        "d_model": HIDDEN, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": LAYERS,
+        "num_hidden_layers": LAYERS, "decoder_layers": LAYERS, "encoder_attention_heads": HEADS,
+        "decoder_attention_heads": HEADS, "num_mel_bins": MELS, "max_source_positions": FRAMES // 2,
+        "max_target_positions": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "decoder_start_token_id": 3, "classifier_proj_size": 16, "suppress_tokens": None,
+        "begin_suppress_tokens": None} | _NO_DROPOUT),
+})  # fmt: skip
+ALL = MappingProxyType({**FAMILIES, **BEYOND_TEXT})
+
 
 def tiny(
     family: str, task: str = "lm", seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any
@@ -129,9 +155,9 @@ def tiny(
     task: "lm" (causal, masked or conditional generation, by family), "classify" (3 labels) or "trunk".
     overrides: configuration fields.
     """
-    found = FAMILIES[family]
+    found = ALL[family]
     config = found.config(**({"vocab_size": VOCAB, "num_labels": LABELS} | dict(found.sizes) | overrides))
-    auto = AUTO[found.kind, "lm"] if task == "lm" else TASKS[task]
+    auto = AUTO.get((found.kind, task)) or TASKS[task]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = auto.from_config(config)
@@ -162,7 +188,8 @@ def _unit_offset(model: nn.Module) -> bool:
 
 
 def inputs(model: hf.PreTrainedModel, rows: int = 2, seq: int = 7, seed: int = 0) -> dict[str, Tensor]:
-    """Keyword arguments for one forward pass without special tokens: ids and labels [rows, seq], nothing padded.
+    """Keyword arguments for one forward pass without special tokens: ids and labels [rows, seq], nothing padded;
+    pixel_values [rows, 3, 8, 8] or input_features [rows, 8, 20] for models that read these.
 
     Labels are token ids for language models ([rows, seq + 2] decoder targets for encoder-decoders), classes [rows]
     for classifiers, absent for trunks.
@@ -172,6 +199,8 @@ def inputs(model: hf.PreTrainedModel, rows: int = 2, seq: int = 7, seed: int = 0
     out = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     targets = torch.randint(LOWEST_ID, VOCAB, (rows, seq + 2), generator=g)
     name = type(model).__name__
+    if any(name.startswith(start) for start in ("ViT", "CLIP", "Whisper")):
+        return beyond_text(model, out, targets, g)
     if "SequenceClassification" in name:
         if model.config.is_encoder_decoder:  # these read the class at the last end-of-sequence token
             ids[:, -1] = model.config.eos_token_id
@@ -181,3 +210,20 @@ def inputs(model: hf.PreTrainedModel, rows: int = 2, seq: int = 7, seed: int = 0
     if model.config.is_encoder_decoder:
         return out | {"decoder_input_ids": targets}
     return out | ({"labels": ids} if "LM" in name else {})
+
+
+def beyond_text(
+    model: hf.PreTrainedModel, text: dict[str, Tensor], targets: Tensor, g: torch.Generator
+) -> dict[str, Tensor]:
+    """`inputs` of models that read images and sounds. CLIP's texts end with its end token, where it pools."""
+    name, rows = type(model).__name__, len(targets)
+    if name.startswith("Whisper"):
+        sounds = {"input_features": torch.randn(rows, MELS, FRAMES, generator=g)}
+        if "Classification" in name:
+            return sounds | {"labels": torch.arange(rows) % LABELS}
+        return sounds | {"decoder_input_ids": targets.roll(1, dims=1), "labels": targets}
+    images = {"pixel_values": torch.randn(rows, 3, IMAGE, IMAGE, generator=g)}
+    if name == "CLIPModel":
+        text["input_ids"][:, -1] = model.config.text_config.eos_token_id
+        return images | text | {"return_loss": torch.tensor(True)}
+    return images | ({"labels": torch.arange(rows) % LABELS} if "Classification" in name else {})

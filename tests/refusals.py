@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from models import ALL
+
 NO_BIASES = "the family's layers have no biases to train"
 
 # (variant, family) -> why attach() refuses it
 REFUSED: dict[tuple[str, str], str] = {
     ("bitfit", family): NO_BIASES for family in ("llama", "qwen", "mistral", "gemma", "phi3", "modernbert", "t5")
+}
+SOFT = ("prompt", "prompts", "ptuning", "ptuning-mlp")
+REFUSED |= {(variant, family): "its input is no tokens" for variant in SOFT for family in ("vit", "whisper")}
+REFUSED |= {("tokens", "vit"): "its input is no tokens"}
+REFUSED |= {("spottune", "clip"): "one policy, two inputs", ("spottune-full", "clip"): "one policy, two inputs"}
+REFUSED |= {
+    (variant, family): "it reads no images"
+    for variant in ("visual_prompt", "visual-deep")
+    for family in ALL
+    if family not in ("vit", "clip")
 }
 
 # variant -> why merge() refuses it
@@ -16,6 +28,8 @@ UNMERGEABLE = {
     "prefix": "keys and values have no equivalent weight",
     "prefix+head": "keys and values have no equivalent weight",
     "prefix-mlp": "keys and values have no equivalent weight",
+    "visual_prompt": "tokens beside the patches have no equivalent weight",
+    "visual-deep": "tokens beside the patches have no equivalent weight",
     "prompt": "virtual ids have no row in the embedding",
     "spottune": "which change a sequence gets depends on the sequence",
     "spottune-full": "which change a sequence gets depends on the sequence",
@@ -31,6 +45,7 @@ ROWLESS = dict.fromkeys(
     ("freeze", "full", "head", "lora+head", "prefix+head", "houlsby"),
     "a weight per row would be a copy of the weights per row",
 )
+ROWLESS |= dict.fromkeys(("visual_prompt", "visual-deep"), "rows of one batch have equally many tokens")
 
 # (variant, family) -> why there is no peft form, for variants whose method peft has
 MASKED = ("bert", "roberta", "distilbert", "electra", "modernbert")
@@ -39,6 +54,8 @@ NO_PEFT_FORM: dict[tuple[str, str], str] = {
     **{("prefix", family): "peft gives encoder and cross-attention no prefix" for family in ("t5", "bart")},
     **{("prefix", family): "peft has no prefix for masked language models" for family in MASKED},
     **{("prompt", family): "peft has no prompt for masked language models" for family in MASKED},
+    **{("prefix", family): "peft has no prefix for these models" for family in ("vit", "clip", "whisper")},
+    ("prompt", "clip"): "peft has no prompt for CLIP",
 }
 
 # unions that have no peft form although each of their parts has one

@@ -84,8 +84,9 @@ def test_the_index_is_plain_and_names_presets():
 
 
 def test_refused_says_which_methods_a_model_cannot_take():
-    assert list(refused(tiny("llama"))) == ["bitfit", "head"]
-    assert list(refused(tiny("bert", "classify"))) == []
+    assert list(refused(tiny("llama"))) == ["bitfit", "head", "visual_prompt"]
+    assert list(refused(tiny("bert", "classify"))) == ["visual_prompt"]
+    assert list(refused(tiny("vit"))) == ["prompt", "ptuning", "tokens"]
 
 
 def test_a_survey_needs_no_weights_and_says_what_the_defaults_leave_open(monkeypatch):

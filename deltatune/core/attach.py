@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
-from .delta import SLOT, Delta, Given
+from .delta import SLOT, Delta, Given, Refusal
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
 from .quant import steady
@@ -347,6 +347,8 @@ def check_rows(touched: dict[str, Slot], names: tuple[str, ...]) -> None:
         for delta in (d for n in names for d in slot.of(n)):
             if isinstance(delta, InPlace) and not isinstance(delta, InPlaceBias):
                 refuse_rows(delta)
+            if delta.alone:
+                raise Refusal(f"{delta.alone}.", found=delta.site.write, instead="activate() one adapter at a time")
 
 
 def check_owners(model: nn.Module, touched: dict[str, Slot], names: tuple[str, ...]) -> None:

@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .delta import SLOT, Refusal
+from .site import name_of, pairs, towers
 
 IMPLEMENTATION = "deltatune"  # the name it is registered under in transformers
 CROSS = frozenset(("EncDecAttention", "encoder_attn", "crossattention", "cross_attn"))
@@ -340,10 +341,14 @@ def _configured(model: nn.Module) -> dict[str, Any]:
 def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     """(name, module, kind) of every module that calls the attention function, in the model's order.
 
-    kind: "self" in models with one stack; "encoder", "decoder" or "cross" in encoder-decoders.
+    kind: "self" in models with one stack; "encoder", "decoder" or "cross" in encoder-decoders; a tower's name in CLIP.
     """
-    pairs = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-    return [(n, m, _kind(n) if pairs else "self") for n, m in model.named_modules() if _is_attention(n, m)]
+    two, both = pairs(model), [name_of(model, tower) for tower in towers(model)]
+
+    def kind(name: str) -> str:
+        return _kind(name) if two else next((t for t in both if name.startswith(f"{t}.")), "self")
+
+    return [(n, m, kind(n)) for n, m in model.named_modules() if _is_attention(n, m)]
 
 
 def _is_attention(name: str, module: nn.Module) -> bool:

@@ -76,6 +76,7 @@ class Delta(nn.Module):
     on = False  # in-place: whether the layer holds the trained tensors now
     rates: Mapping[str, float] = MappingProxyType({})  # own parameter -> multiple of the run's learning rate
     ready = True  # False: `prepare` must see training rows first
+    alone = ""  # why a batch's rows cannot hear this delta or not, one by one; "" where they can
     tied = False  # True: merging into a weight that other layers share is what is meant
     site: Site  # where attach put this delta
     tap: Any = None  # a span's reading end

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .delta import SLOT
-from .site import output_layer, trunk
+from .site import output_layer, reader, trunk
 
 SAMPLES = 1024  # values read per tensor: a second or two on 7 B parameters
 # what changes from load to load, or with the task's head, and never what the trunk computes
@@ -37,7 +37,7 @@ def fingerprint(model: Any, vocab: int | None = None) -> str:
     facts = stable(config.to_dict()) if hasattr(config, "to_dict") else {}
     facts["vocab_size"] = getattr(config, "vocab_size", None) if vocab is None else vocab
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    embedding = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+    embedding = reader(model)
     output = getattr(output_layer(model), "weight", None)  # T5's language model is its own trunk: leave its head out
     kept = getattr(embedding, "weight", None)
     for name, parameter in inner.named_parameters():

@@ -52,7 +52,9 @@ class InPlaceBias(InPlace):
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Only run per row, with the original bias in the layer."""
         (name,) = self.names
-        return y + (self.other[name] - layer.get_parameter(name)).to(y.dtype)
+        change = (self.other[name] - layer.get_parameter(name)).to(y.dtype)
+        features_last = not isinstance(layer, nn.Conv1d | nn.Conv2d)
+        return y + (change if features_last else change.view(-1, *[1] * (y.ndim - 2)))
 
 
 def refuse_packed(layer: nn.Module, names: tuple[str, ...]) -> None:

@@ -75,6 +75,8 @@ def windowed(model: Any) -> bool:
 
 
 def task(model: nn.Module) -> str | None:
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return None  # peft's task classes pass token ids
     return next(
         (t for ending, t in TASKS.items() if type(model).__name__.endswith(ending)),
         "SEQ_CLS" if head_modules(model) else None,

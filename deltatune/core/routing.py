@@ -14,7 +14,21 @@ from transformers.cache_utils import Cache
 
 from .attention import CROSS, packed_lens
 from .delta import SLOT, Delta, Refusal, Wrapped
-from .site import Site, block_of, layers, name_of, parts, plays, stem, widths
+from .site import (
+    Site,
+    block_of,
+    layers,
+    name_of,
+    pairs,
+    parts,
+    plays,
+    read_first,
+    reads_width,
+    sequence,
+    stem,
+    towers,
+    widths,
+)
 
 Call = tuple[tuple, Mapping[str, Any]]
 
@@ -43,8 +57,7 @@ class Watch(Delta):
 
     def look(self, layer: nn.Module, given: Call, pick: Callable[[Tensor], Tensor]) -> None:
         args, kwargs = given
-        ids = args[0] if args else kwargs.get("input_ids")
-        self.now.rows = len(pick(ids if ids is not None else kwargs["inputs_embeds"]))
+        self.now.rows = len(pick(read_first(args, kwargs)))
         past, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         self.now.past = int(past.get_seq_length()) if isinstance(past, Cache) else 0
         self.now.mask = pick(mask).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -53,9 +66,13 @@ class Watch(Delta):
 def watched(model: Any, now: Now, decoder: bool = False) -> tuple[Site, Delta]:
     """The watch at the stack that reads the input: the trunk, or the encoder of an encoder-decoder (or its decoder)."""
     source = stem(model)
-    if getattr(model.config, "is_encoder_decoder", False):
+    if pairs(model):
         source = model.get_decoder() if decoder else model.get_encoder()
-    name = name_of(model, source)
+    return watch(model, source, now)
+
+
+def watch(model: nn.Module, stack: nn.Module, now: Now) -> tuple[Site, Delta]:
+    name = name_of(model, stack)
     return Site(name, name), Watch(now)
 
 
@@ -66,7 +83,11 @@ def readings(model: Any, pool: int | None) -> tuple[list[tuple[Site, Delta]], Ca
     """The watches to put in, and the reading of each site. A decoder begins with its start token alone, so that one
     token speaks for the sequence; cross-attention's keys and values are the encoder's tokens."""
     first: Reading = (Now(), pool if pool or reads_ahead(model) else 16)
-    if not getattr(model.config, "is_encoder_decoder", False):
+    if both := towers(model):
+        own: dict[str, Reading] = {name_of(model, tower): (Now(), first[1]) for tower in both}
+        watches = [watch(model, model.get_submodule(name), now) for name, (now, _) in own.items()]
+        return watches, lambda site: own[parts(site.read)[0]]
+    if not pairs(model):
         return [watched(model, first[0])], lambda site: first
     second: Reading = (Now(), 1)
     decoder = parts(name_of(model, model.get_decoder()))
@@ -86,8 +107,7 @@ def hidden_size(attention: nn.Module) -> int:
 
 def reads_ahead(model: Any) -> bool:
     """Whether a mean over all tokens is fair: in encoders. A causal model's later tokens are what it must predict."""
-    inner = getattr(model.config, "is_encoder_decoder", False)
-    return bool(inner or not any(getattr(m, "is_causal", False) for m in model.modules()))
+    return bool(pairs(model) or not any(getattr(m, "is_causal", False) for m in model.modules()))
 
 
 def pooled(x: Tensor, now: Now, first: int | None) -> Tensor:
@@ -135,7 +155,7 @@ class Policy(Delta):
 
     def __init__(self, layer: Any, blocks: list[str], now: Now, first: int | None, settings: Any):
         super().__init__()
-        self.down = nn.Linear(layer.embedding_dim, settings.hidden)
+        self.down = nn.Linear(reads_width(layer), settings.hidden)
         self.up = nn.Linear(settings.hidden, 2 * len(blocks))
         with torch.no_grad():  # in favour of tuning: a block that is never chosen never learns
             self.up.bias.copy_(torch.tensor([0.0, 1.0]).repeat(len(blocks)))
@@ -145,7 +165,7 @@ class Policy(Delta):
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if not self.now.past:  # a cached sequence keeps what was decided at its start
-            self.decide(pooled(y.to(self.down.weight.dtype), self.now, self.first))
+            self.decide(pooled(sequence(layer, y).to(self.down.weight.dtype), self.now, self.first))
         return y
 
     def decide(self, x: Tensor) -> None:

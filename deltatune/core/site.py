@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,7 +310,30 @@ def matches(site: Site, pattern: str) -> bool:
 # ---- embeddings and heads --------------------------------------------------------------------------------------------
 def trunk(model: nn.Module) -> Any:
     """The model without its head; the model itself where there is none."""
-    return getattr(model, "base_model", model)
+    inner = getattr(model, "base_model", model)
+    if inner is model and hasattr(model, "classifier"):  # classifiers that hold one tower of CLIP or of Whisper
+        return getattr(model, "vision_model", getattr(model, "encoder", model))
+    return inner
+
+
+def pairs(model: Any) -> bool:
+    """Whether the model is an encoder with a decoder: Whisper's audio classifier is not, whatever its config says."""
+    said = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return said and any(name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules())
+
+
+def towers(model: Any) -> list[Any]:
+    """CLIP's two encoders, which share nothing; [] for models with one trunk."""
+    found = [getattr(model, name, None) for name in ("text_model", "vision_model")]
+    return found if all(isinstance(m, nn.Module) for m in found) else []
+
+
+INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features")
+
+
+def read_first(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """What a stack of blocks is called with: ids, embeddings, pixels or audio features, [rows, ...]."""
+    return args[0] if args else next(kwargs[name] for name in INPUTS if kwargs.get(name) is not None)
 
 
 def stem(model: nn.Module) -> Any:
@@ -327,18 +350,38 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
 
 
 def embedding(model: Any) -> str:
-    """The name of the embedding that the (encoder's) forward pass really calls."""
-    source = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
-    return name_of(model, source.get_input_embeddings())
+    """The name of the layer that reads the (encoder's) input: a token embedding, or what cuts an image or a sound into
+    tokens. Of a model with two towers, the text's."""
+    return name_of(model, model.get_encoder().get_input_embeddings() if pairs(model) else reader(model))
+
+
+def reader(model: Any) -> Any:
+    """The layer that reads the input of a model's trunk; of an encoder-decoder, what its library says; None unknown."""
+    inner = trunk(next(iter(towers(model)), model))
+    return inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
 
 
 def embeddings(model: Any) -> list[str]:
-    """`embedding`, and the decoder's where it is another module."""
+    """The token embeddings: the encoder's and, where it is another module, the decoder's. [] for images."""
     names = [embedding(model)]
-    if getattr(model.config, "is_encoder_decoder", False):
-        other = name_of(model, model.get_decoder().get_input_embeddings())
-        names += [other] if other != names[0] else []
-    return names
+    if pairs(model):
+        names.append(name_of(model, model.get_decoder().get_input_embeddings()))
+    return [n for n in dict.fromkeys(names) if isinstance(model.get_submodule(n), nn.Embedding)]
+
+
+def sequence(layer: nn.Module, y: Tensor) -> Tensor:
+    """What an input layer returns as [..., seq, d]: convolutions put d first."""
+    if isinstance(layer, nn.Conv1d | nn.Conv2d):
+        return y.flatten(2).transpose(1, 2)
+    return y
+
+
+def reads_width(layer: Any) -> int:
+    """The d of what an input layer (`embedding`) returns."""
+    if isinstance(layer, nn.Embedding):
+        return int(layer.embedding_dim)
+    inner = next(m for m in layer.modules() if isinstance(m, nn.Conv1d | nn.Conv2d))
+    return int(inner.out_channels)
 
 
 def scaled(layer: Any, rows: Tensor) -> Tensor:
@@ -373,8 +416,7 @@ def positions_of(model: Any, args: tuple, kwargs: dict) -> Tensor:
     given = kwargs.get("position_ids")
     if given is not None:
         return given
-    ids = args[0] if args else kwargs.get("input_ids")
-    source = ids if ids is not None else kwargs["inputs_embeds"]
+    source = read_first(args, kwargs)
     past = kwargs.get("past_key_values")
     start = int(past.get_seq_length()) if past is not None else 0
     mask = kwargs.get("attention_mask")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .site import positions_of
+from .site import positions_of, read_first
 from .slot import copies, deltas
 from .vocabulary import Before
 
@@ -74,8 +74,7 @@ class State:
 
 
 def batch(args: tuple, kwargs: dict) -> int:
-    ids = args[0] if args else kwargs.get("input_ids")
-    return len(ids if ids is not None else kwargs["inputs_embeds"])
+    return len(read_first(args, kwargs))
 
 
 def describe(token: tuple) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .site import reader
+
 WORDS = "deltatune_tokens"  # the attribute of the model that holds the words of its added tokens
 
 
@@ -38,14 +40,15 @@ class Before:
 
 
 def found(model: Any) -> Before:
-    main = model.get_input_embeddings()
+    main = reader(model)
     layers = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Embedding) and m is not main]
     twins = tuple((path, m) for path, m in layers if m.weight is getattr(main, "weight", None))
     return Before(vocabulary(model), frozenset(vars(model)), twins, words(model))
 
 
 def vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().num_embeddings)
+    """How many tokens the model knows: 0 where its input is images or sounds alone."""
+    return int(getattr(reader(model), "num_embeddings", 0))
 
 
 def grow(model: Any, size: int) -> Before:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from ..core.delta import Delta, Refusal
-from ..core.site import Site, embedding
+from ..core.delta import Delta
 
 COMBINES = ("vote", "average")
 COMMON = 5000  # sub-word vocabularies put frequent tokens first; the paper samples from as many
@@ -77,19 +76,6 @@ class Rows(Delta):
 def first_free(layer: nn.Embedding) -> int:
     """The first id that neither the vocabulary nor another adapter's prompt uses."""
     return max([layer.num_embeddings, *(d.offset + d.size for d in layer.modules() if isinstance(d, Rows))])
-
-
-def place(model: nn.Module) -> tuple[Site, nn.Embedding]:
-    """The token embedding, where prompts go in."""
-    name = embedding(model)
-    layer = model.get_submodule(name)
-    if isinstance(layer, nn.Embedding):
-        return Site(name, name), layer
-    raise Refusal(
-        "soft prompts stand for rows of a token embedding.",
-        found=f"{name}: {type(layer).__name__}",
-        instead="Prefix, which needs no embedding",
-    )
 
 
 def sampled(layer: nn.Embedding, count: int) -> list[tuple[int, ...]]:

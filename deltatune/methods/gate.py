@@ -47,7 +47,7 @@ class Gate:
         yield from watches
         for site, delta in (pair for m in self.of for pair in m.deltas(model)):
             layer: Any = model.get_submodule(site.read)
-            if delta.inplace or isinstance(layer, nn.Embedding):
+            if delta.inplace or delta.alone or isinstance(layer, nn.Embedding):
                 found = f"{type(delta).__name__} at {site.write}"
                 instead = "of: lora, ia3, adapter, prefix, ...; what trains weights or embeddings stands beside it"
                 raise Refusal("a gate scales a change of activations.", found=found, instead=instead)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.attention import Heads, Seen, attention_modules, heads
 from ..core.delta import Delta
 from ..core.registry import method, nearest, whole
+from ..core.routing import hidden_size
 from ..core.site import Site, trunk
 from ._keys_values import KeysValues, Root, activations
 
@@ -78,7 +79,7 @@ class Prefix:
             if self.reparam == "mlp":
                 owns = kind not in roots
                 if owns:
-                    roots[kind] = Root(self.length, int(model.config.hidden_size), self.hidden)
+                    roots[kind] = Root(self.length, hidden_size(module), self.hidden)
                 delta.reparametrise(roots[kind], owns, keep=bool(start))
             yield Site(name, name), delta
 

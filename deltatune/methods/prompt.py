@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..core.delta import Delta
 from ..core.registry import method, nearest, whole
 from ..core.site import Site
-from ._rows import COMBINES, Rows, place, sampled
+from ._place import place
+from ._rows import COMBINES, Rows, sampled
 
 INITS = ("vocab", "uniform", "text", "labels")
 

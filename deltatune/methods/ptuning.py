@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..core.delta import Delta
 from ..core.registry import method, nearest, whole
 from ..core.site import Site
-from ._rows import COMBINES, Rows, place
+from ._place import place
+from ._rows import COMBINES, Rows
 
 ENCODERS = ("lstm", "mlp")
 

@@ -11,7 +11,7 @@ from torch import nn
 from ..core.delta import Delta, Refusal, overrides
 from ..core.registry import finite, method, whole
 from ..core.routing import Block, Now, Policy, Routed, copies_of_blocks, reads_ahead, watched
-from ..core.site import Site, block_of, embedding, layers
+from ..core.site import Site, block_of, embedding, layers, towers
 from .freeze import Full
 from .lora import LoRA
 
@@ -49,6 +49,12 @@ class SpotTune:
 
     def deltas(self, model: Any) -> Iterator[tuple[Site, Delta]]:
         blocks = list(dict.fromkeys(b for name, _ in layers(model) if (b := block_of(name + "."))))
+        if towers(model):
+            raise Refusal(
+                "SpotTune's one policy reads one sequence, and this model reads two that need not belong together.",
+                found=f"{type(model).__name__} with a text and a vision tower",
+                instead="one tower alone (CLIPForImageClassification, CLIPTextModel), or Gate, which reads each",
+            )
         now, first = Now(), self.pool if self.pool or reads_ahead(model) else 16
         name = embedding(model)
         yield watched(model, now)
@@ -63,7 +69,7 @@ class SpotTune:
 
     def check(self, site: Site, delta: Delta) -> None:
         """Refusal for a delta that sequences of one batch cannot hear or not hear one by one."""
-        if delta.inplace or overrides(delta, "attend") or not block_of(site.write):
+        if delta.inplace or delta.alone or overrides(delta, "attend") or not block_of(site.write):
             raise Refusal(
                 "SpotTune lets single sequences through a changed block, so the change must act on activations in it.",
                 found=f"{type(delta).__name__} at {site.write}",

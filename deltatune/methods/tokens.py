@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.delta import Delta, Dense
+from ..core.delta import Delta, Dense, Refusal
 from ..core.registry import method, whole
 from ..core.site import Site, embeddings, name_of, output_layer, scaled, widths
 
@@ -32,6 +32,12 @@ class NewTokens:
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         names, output = embeddings(model), output_layer(model)
+        if not names:
+            raise Refusal(
+                "NewTokens trains rows of a token embedding, and this model reads no tokens.",
+                found=type(model).__name__,
+                instead="VisualPrompt for images, LoRA, adapters, Prefix",
+            )
         size = widths(model.get_submodule(names[0]))[0]
         if not self.ids or max(self.ids) >= size or min(self.ids) < 0:
             raise ValueError(
