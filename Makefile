@@ -6,6 +6,8 @@ PYTHON = python3
 TORCH = torch==2.13.0
 TORCH_INDEX = https://download.pytorch.org/whl/cpu
 PY = .venv/bin/python
+# Test processes; tiny models gain nothing from a second thread, so each has one. `make test WORKERS=0` runs in one process.
+WORKERS = logical
 
 .PHONY: all venv demo test lint types test-long oracle-adapters clean
 
@@ -26,7 +28,7 @@ types: .venv/.dev
 
 test: lint types
 	$(PY) -m deltatune.methods --check
-	$(PY) -m pytest -q -m "not long"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not long" -n $(WORKERS) --dist worksteal
 
 test-long: .venv/.dev
 	$(PY) -m pytest -q -m long

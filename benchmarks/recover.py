@@ -265,6 +265,7 @@ def trained(task: Table, method: Any, cell: Cell, folder: Path) -> Row:
         "parameters": done.summary["trainable_parameters"],
         "train_s": round(clock.seconds["train"], 1),
         "train_cpu_s": round(busy.seconds, 1),
+        **({"said": said} if (said := done.summary.get("methods")) else {}),  # drift, routing, ...
     }
 
 
