@@ -19,7 +19,9 @@ from deltatune.core import quant
 from deltatune.train.optim import Optim, Optimizer
 from deltatune.train.use import merged, open_adapted
 from models import tiny
-from packed import needs_packing
+from packed import SIZES, needs_packing
+
+BASE = SIZES["llama"] | {"num_key_value_heads": 4}  # wide enough for the paper's rank of 64 in every layer
 
 
 # ---- without bitsandbytes --------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not quant_is_here():
         pytest.skip("bitsandbytes is not installed: pip install 'deltatune[quant]'")
     place = tmp_path_factory.mktemp("qlora")
-    tiny_run.chat_model(place / "model")
+    tiny_run.chat_model(place / "model", **BASE)
     tiny_run.chat_rows(place / "rows.jsonl", 12)
     settings = [
         "train.steps=3",
@@ -164,7 +166,7 @@ def test_a_run_over_nf4_is_verified(made: Path):
     assert manifest["base"]["quant"] == "nf4"
     assert "quant: nf4" in (made / "run/config.yaml").read_text()
     result = json.loads((made / "run.json").read_text())
-    model = tiny("llama", vocab_size=manifest_vocab(made), max_position_embeddings=512)
+    model = tiny("llama", vocab_size=manifest_vocab(made), max_position_embeddings=512, **BASE)
     assert result["parameters"] - result["trainable_parameters"] == sum(p.numel() for p in model.parameters())
     assert result["failed"] == []
     (unchecked,) = result["unchecked"]

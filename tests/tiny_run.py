@@ -14,10 +14,12 @@ from deltatune.config import Config
 WORDS = "good fine nice bad poor sad it was the film a plot great terrible [MASK]"
 
 
-def chat_model(folder: Path, family: str = "llama", template: str | None = tt.CHATML, seed: int = 0) -> Path:
-    """A tiny causal model with a byte-level tokenizer, saved as an ordinary folder."""
+def chat_model(
+    folder: Path, family: str = "llama", template: str | None = tt.CHATML, seed: int = 0, **fields: Any
+) -> Path:
+    """A tiny causal model with a byte-level tokenizer, saved as an ordinary folder. fields: of its configuration."""
     tokenizer = tt.byte_level(template)
-    model = models.tiny(family, vocab_size=len(tokenizer), max_position_embeddings=512, seed=seed)
+    model = models.tiny(family, vocab_size=len(tokenizer), max_position_embeddings=512, seed=seed, **fields)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     return saved(model, tokenizer, folder)
 
