@@ -140,10 +140,11 @@ def count_spottune(cell: Any, fields: dict[str, Any]) -> int:
 
 
 def count_gate(cell: Any, fields: dict[str, Any]) -> int:
-    """Each method's own, and d_in + 1 for each of its places: all linear layers, attention, "o" and "down"."""
+    """Each method's own, and d + 1 for each of its places: all linear layers, attention, and after "o" and "down",
+    whose outputs an adapter reads."""
     attention, ffn, _, _ = shape(cell)
     inner = sum(COUNTS[name](cell, own) for part in fields["of"] for name, own in part.items())
-    return inner + sum(i + 1 for i, _ in linears(cell, {})) + attention * 33 + attention * 33 + ffn * 49
+    return inner + sum(i + 1 for i, _ in linears(cell, {})) + attention * 33 + (attention + ffn) * 33
 
 
 def beyond(cell: Any) -> bool:

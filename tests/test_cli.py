@@ -68,7 +68,7 @@ def test_every_command_is_there():
 
 
 # ---- errors and exit codes -------------------------------------------------------------------------------------------
-class Refusal(TypeError):
+class Refusal(ValueError):
     pass
 
 

@@ -35,7 +35,7 @@ def test_schedules(settings: dict[str, Any], factors: list[float]) -> None:
 
 def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     draw = torch.Generator().manual_seed(1)
-    shapes = {"layer.lora_A": (2, 6), "layer.lora_B": (6, 2), "layer.bias": (6,), "norm.weight": (1, 6)}
+    shapes = {"layer.lora_A": (2, 6), "layer.lora_B": (6, 2), "layer.bias": (6,), "norm.weight": (6,)}
     return {key: nn.Parameter(torch.randn(shape, generator=draw).to(dtype)) for key, shape in shapes.items()}
 
 

@@ -114,11 +114,9 @@ def verdict(error: BaseException) -> int:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return code
-    # By name: the class lives beside torch, which an error about a configuration must not import.
-    refused = any(kind.__name__ == "Refusal" for kind in type(error).__mro__)
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return BAD_INPUT if refused or isinstance(error, (ValueError, OSError)) else UNEXPECTED
+    return BAD_INPUT if isinstance(error, ValueError | OSError) else UNEXPECTED
 
 
 def report(error: BaseException) -> int:

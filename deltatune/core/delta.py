@@ -38,7 +38,7 @@ def blank() -> bool:
     return BLANK.get()
 
 
-class Refusal(TypeError):
+class Refusal(ValueError):
     """A combination that cannot work. Says why, what was found in the model, and what would work."""
 
     def __init__(self, why: str, *, found: str, instead: str):
@@ -77,6 +77,8 @@ class Delta(nn.Module):
     rates: Mapping[str, float] = MappingProxyType({})  # own parameter -> multiple of the run's learning rate
     ready = True  # False: `prepare` must see training rows first
     alone = ""  # why a batch's rows cannot hear this delta or not, one by one; "" where they can
+    width = 0  # of `source`, where the layer's input is not what it reads
+    unpruned = ""  # why its matrices cannot be pruned before training; "" where they can
     tied = False  # True: merging into a weight that other layers share is what is meant
     site: Site  # where attach put this delta
     tap: Any = None  # a span's reading end
@@ -89,6 +91,10 @@ class Delta(nn.Module):
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """x [*, d_in] as read at `site.read`, y [*, d_out] -> the y that leaves `site.write`."""
         return y
+
+    def source(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of x and y as `after` gets them, the one that the change is made from: what a gate reads."""
+        return x
 
     def attend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [batch, kv_heads, seq, head_dim] -> keys and values with learned positions in FRONT."""
@@ -124,16 +130,21 @@ class Delta(nn.Module):
     def after_step(self, step: int) -> None:
         """Called after optimizer step `step` (from 1), while the parameters still hold its gradients."""
 
+    def restart(self) -> None:
+        """Its values were changed before training (pruned): what it starts from is what they are now."""
+
+    def buffered(self) -> dict[str, Tensor]:
+        """The buffers that are this delta's own to keep."""
+        return dict(self.named_buffers(recurse=True))
+
     def state_extra(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the parameters: the buffers."""
-        own = dict(self.named_buffers(recurse=True))
-        return {name: tensor.detach() for name, tensor in own.items()}
+        return {name: tensor.detach() for name, tensor in self.buffered().items()}
 
     def load_extra(self, state: Mapping[str, Any]) -> None:
         """Put back what `state_extra` gave."""
-        own = dict(self.named_buffers(recurse=True))
         with torch.no_grad():
-            for name, tensor in own.items():
+            for name, tensor in self.buffered().items():
                 tensor.copy_(state[name])
 
     def fold(self) -> None:
@@ -167,6 +178,8 @@ class Wrapped(Delta):
     Subclasses override `before`, `after` and `attend`; each runs only where `inner` has its own.
     """
 
+    unpruned = "a gate or a policy steers it"
+
     def __init__(self, inner: Delta):
         super().__init__()
         self.inner = inner
@@ -187,6 +200,10 @@ class Wrapped(Delta):
     def fold(self) -> None:
         self.inner.fold()
 
+    def buffered(self) -> dict[str, Tensor]:
+        """Without those of `inner`, which is a module of its own in every walk."""
+        return {name: t for name, t in super().buffered().items() if not name.startswith("inner.")}
+
     def own(self) -> dict[str, nn.Parameter]:
         """The wrapper's own parameters."""
         return {name: p for name, p in self.named_parameters() if not name.startswith("inner.")}
@@ -206,6 +223,11 @@ class Wrapped(Delta):
 
     def trained(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         return self.own() | {f"inner.{name}": p for name, p in self.inner.trained(layer).items()}
+
+
+def inmost(delta: Delta) -> Delta:
+    """The delta that makes the change, out of all that gates and routes it."""
+    return inmost(delta.inner) if isinstance(delta, Wrapped) else delta
 
 
 def within(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

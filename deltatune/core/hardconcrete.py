@@ -93,6 +93,8 @@ def keep_largest(parts: Sequence[Part], density: float) -> None:
 class Sparse(Delta):
     """A change W' of weight [d_out, d_in] and b' of bias [d_out]: y + W' x + b', sparse once pruned."""
 
+    unpruned = "diff pruning chooses what is kept by itself"
+
     def __init__(self, parts: dict[str, Part]):
         super().__init__()
         self.parts = nn.ModuleDict(parts)

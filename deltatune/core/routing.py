@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from .attention import CROSS, packed_lens
-from .delta import SLOT, Delta, Refusal, Wrapped
+from .delta import SLOT, Delta, Refusal, Wrapped, overrides
 from .site import (
     Site,
     block_of,
@@ -40,6 +40,7 @@ class Now:
         self.mask: Tensor | None = None  # [rows, seq], True for real tokens; None: all are
         self.past = 0  # cached positions before this call
         self.rows = 1  # of the batch, for layers that see tokens without their rows
+        self.lens: tuple[int, ...] | None = None  # of the sequences, where they are packed into one row
         self.hard: Tensor | None = None  # [rows or tokens, blocks]: True runs the changed block
         self.soft: Tensor | None = None  # the same as probabilities, with their graph
         self.flipped: int | None = None  # the block whose decision is turned round, for the policy's gradient
@@ -49,7 +50,10 @@ class Now:
 
 
 class Watch(Delta):
-    """Sits where a stack of blocks is called, and notes what is padding and what is cached."""
+    """Sits where a stack of blocks is called, and notes what is padding, packed and cached.
+
+    Noted here and not in the blocks: checkpointing runs those again in the backward pass, after `packed` has ended.
+    """
 
     def __init__(self, now: Now):
         super().__init__()
@@ -57,7 +61,7 @@ class Watch(Delta):
 
     def look(self, layer: nn.Module, given: Call, pick: Callable[[Tensor], Tensor]) -> None:
         args, kwargs = given
-        self.now.rows = len(pick(read_first(args, kwargs)))
+        self.now.rows, self.now.lens = len(pick(read_first(args, kwargs))), packed_lens()
         past, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         self.now.past = int(past.get_seq_length()) if isinstance(past, Cache) else 0
         self.now.mask = pick(mask).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -105,6 +109,11 @@ def hidden_size(attention: nn.Module) -> int:
     return next(widths(m)[0] for m in attention.modules() if getattr(getattr(m, "weight", None), "ndim", 0) == 2)
 
 
+def width_of(delta: Delta, layer: nn.Module) -> int:
+    """How wide what `delta` at `layer` makes its change from is."""
+    return hidden_size(layer) if overrides(delta, "attend") else delta.width or widths(layer)[0]
+
+
 def reads_ahead(model: Any) -> bool:
     """Whether a mean over all tokens is fair: in encoders. A causal model's later tokens are what it must predict."""
     return bool(pairs(model) or not any(getattr(m, "is_causal", False) for m in model.modules()))
@@ -115,7 +124,7 @@ def pooled(x: Tensor, now: Now, first: int | None) -> Tensor:
 
     Padding on either side does not count. A packed row holds several sequences.
     """
-    lens = packed_lens()
+    lens = now.lens
     if lens is not None and x.shape[0] == 1:
         starts = accumulate(lens, initial=0)
         return torch.stack([x[0, a : a + min(n, first or n)].mean(0) for a, n in zip(starts, lens, strict=False)])
@@ -129,9 +138,9 @@ def pooled(x: Tensor, now: Now, first: int | None) -> Tensor:
     return (x * share).sum(1) / share.sum(1).clamp(min=1)
 
 
-def per_token(choice: Tensor) -> Tensor:
+def per_token(choice: Tensor, now: Now) -> Tensor:
     """A decision per sequence [sequences, n] -> per token of a packed row; as it is where rows are not packed."""
-    lens = packed_lens()
+    lens = now.lens
     if lens is None or len(lens) != len(choice):
         return choice
     return choice.repeat_interleave(torch.tensor(lens, device=choice.device), 0)
@@ -177,7 +186,8 @@ class Policy(Delta):
         hard = logits[..., 1] > logits[..., 0]
         if not self.training:
             self.seen, self.tuned = self.seen + len(x), self.tuned + hard.sum(0).double().cpu()
-        self.now.hard, self.now.soft = per_token(hard), per_token(soft) if soft.requires_grad else None
+        self.now.hard = per_token(hard, self.now)
+        self.now.soft = per_token(soft, self.now) if soft.requires_grad else None
 
     def fold(self) -> None:
         """Begin to count anew: what is reported is what was routed after training."""

@@ -263,6 +263,22 @@ def lowest(model: nn.Module, count: int) -> set[str]:
     return {block for found in stacks.values() for block in found[:count]}
 
 
+# norms of what a stack reads: before its first block, wherever they stand among the modules
+FIRST_NORM = re.compile(r"(.*\.)?(\w*embed\w*(\..*)?|pre_\w+)")
+
+
+def norms_above(model: nn.Module, left_out: set[str]) -> set[int]:
+    """The identities of the trunk's norms, without those of the blocks `left_out` and of what leads to them."""
+    inner = trunk(model)
+    start = name_of(model, inner)
+    named = [(f"{start}.{name}".strip("."), m) for name, m in inner.named_modules() if is_norm(m)]
+    return {
+        id(m)
+        for name, m in named
+        if block_of(name) not in left_out and not (left_out and block_of(name) is None and FIRST_NORM.fullmatch(name))
+    }
+
+
 # the norm that a block of a post-norm family ends with; `final_layer_norm` is a pre-norm in the others
 LAST_NORM = re.compile(r"output\.LayerNorm|output_layer_norm")
 POST_NORM = ("bart", "marian", "plbart", "blenderbot-small")

@@ -36,7 +36,7 @@ class Scatter(nn.Module):
         return dense.flatten()[self.index.long()][None]
 
 
-def thin(module: nn.Module, path: str, index: Tensor) -> None:
+def thin(module: Any, path: str, index: Tensor) -> None:
     """Keep only the flat positions `index` of parameter `path`; thinned before, it is chosen anew."""
     owner, _, name = path.rpartition(".")
     holder = module.get_submodule(owner)
@@ -44,6 +44,12 @@ def thin(module: nn.Module, path: str, index: Tensor) -> None:
         parametrize.remove_parametrizations(holder, name, leave_parametrized=True)
     dense = getattr(holder, name)
     parametrize.register_parametrization(holder, name, Scatter(index.to(dense.device), dense.shape))
+    module.unpruned = "what is pruned already is not pruned again"
+
+
+def unthinned(name: str) -> str:
+    """What a thinned parameter is called where it is whole."""
+    return re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
 
 
 def thin_as(module: Any, tensors: Mapping[str, Tensor]) -> None:

@@ -43,7 +43,7 @@ class KeysValues(Delta):
                 inner = torch.linalg.pinv(root().double())
                 out.weight.copy_((inner @ (wanted - out.bias).double()).T)
         del self.k, self.v
-        self.out, self.source = out, [root]
+        self.out, self.source, self.unpruned = out, [root], "what makes keys and values is dropped at the run's end"
         if owns:
             self.root = root
 
@@ -69,12 +69,13 @@ class KeysValues(Delta):
         with torch.no_grad():
             k, v = (t.contiguous() for t in self.now())
         self.k, self.v = nn.Parameter(k, trains), nn.Parameter(v, trains)
-        self.source = []
+        self.source, self.unpruned = [], ""
         self._modules.clear()
 
     def take_form(self, tensors: Mapping[str, Tensor]) -> None:
         if "k" in tensors:
             self.fold()
+        super().take_form(tensors)
 
 
 def front(own: Tensor, kept: Tensor) -> Tensor:

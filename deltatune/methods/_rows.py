@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..core.delta import Delta
 
+DROPPED = "the matrices of its encoder are dropped at the end of the run"
 COMBINES = ("vote", "average")
 COMMON = 5000  # sub-word vocabularies put frequent tokens first; the paper samples from as many
 
@@ -25,7 +26,7 @@ class Rows(Delta):
         self.prompt_embeddings = nn.Parameter(start)  # [count * length, d]; what the encoder reads, where there is one
         self.ids: Tensor | None = None
         if encode is not None:
-            self.encode, self.inputs = encode, self.prompt_embeddings
+            self.encode, self.inputs, self.unpruned = encode, self.prompt_embeddings, DROPPED
             del self.prompt_embeddings
 
     @property
@@ -66,11 +67,13 @@ class Rows(Delta):
             with torch.no_grad():
                 rows = self.vectors().clone()
             self.prompt_embeddings = nn.Parameter(rows, self.inputs.requires_grad)
+            self.unpruned = ""
             del self.encode, self.inputs
 
     def take_form(self, tensors: Mapping[str, Tensor]) -> None:
         if "prompt_embeddings" in tensors:
             self.fold()
+        super().take_form(tensors)
 
 
 def first_free(layer: nn.Embedding) -> int:

@@ -9,8 +9,8 @@ from torch import nn
 
 from ..core.delta import Delta
 from ..core.inplace import pick
-from ..core.registry import finite, method, nearest, whole
-from ..core.site import Site, block_ends, block_of, find, is_norm, lowest, spans, trunk, widths
+from ..core.registry import finite, flag, method, nearest, whole
+from ..core.site import Site, block_ends, block_of, find, is_norm, lowest, norms_above, spans, widths
 from ._bottleneck import ACTS, INITS, BeforeNorm, Bottleneck, Shape
 
 ENDS = {"attention": ("q", "o"), "ffn": ("up", "down"), "block": ("", "")}
@@ -31,7 +31,7 @@ class Adapter:
     Parameters: 2 d m + m + d per adapter, m = `bottleneck` (64) or d // `reduction`. `where: [block]` is Pfeiffer's
     place (arXiv:2005.00247): one per block, reading the block's output, added before the norm that ends it (post-norm
     models) or to the residual sum (pre-norm). `init: zero` starts as the base; `normal` is Houlsby's near-identity.
-    `norms` trains the norms too, `skip` leaves out the lowest n blocks (AdapterDrop, arXiv:2010.11918).
+    `norms` trains the norms too, `skip` leaves out the lowest n blocks (AdapterDrop, arXiv:2010.11918) and their norms.
     """
 
     bottleneck: int | None = None
@@ -46,6 +46,8 @@ class Adapter:
     skip: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "where", (self.where,) if isinstance(self.where, str) else tuple(self.where))
+        flag("Adapter norms", self.norms)
         for what, size in (("bottleneck", self.bottleneck), ("reduction", self.reduction)):
             if size is not None:
                 whole(f"Adapter {what}", size)
@@ -74,8 +76,8 @@ class Adapter:
                 if block_of(f"{site.write}.") not in left_out:
                     yield site, self.delta(model, site, place)
         if self.norms:
-            inner = {id(layer) for layer in trunk(model).modules() if is_norm(layer)}
-            yield from pick(model, lambda name, layer: id(layer) in inner)
+            above = norms_above(model, left_out)
+            yield from pick(model, lambda name, layer: id(layer) in above)
 
     def sites(self, model: nn.Module, place: str) -> list[Site]:
         read, write = ENDS[place]

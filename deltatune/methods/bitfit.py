@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.biases import TERMS, kind_of_bias, term_sites
 from ..core.delta import Delta, Refusal
 from ..core.inplace import InPlace, pick
-from ..core.registry import method
+from ..core.registry import flag, method
 from ..core.site import Site, is_linear, is_norm, trunk, widths
 
 
@@ -28,6 +28,9 @@ class BitFit:
 
     targets: tuple[str, ...] = ()
     create: bool = False
+
+    def __post_init__(self) -> None:
+        flag("BitFit create", self.create)
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         everything = not self.targets or "all" in self.targets

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.delta import Delta
 from ..core.hardconcrete import Part, Sparse, keep_largest
-from ..core.registry import finite, method
+from ..core.registry import finite, flag, method
 from ..core.site import Site, linear_at, widths
 
 
@@ -35,6 +35,7 @@ class DiffPrune:
     targets: tuple[str, ...] = ("all",)
 
     def __post_init__(self) -> None:
+        flag("DiffPrune structured", self.structured)
         for name, above in (("density", 0.0), ("prune_at", 0.0), ("alpha_ratio", 0.0), ("alpha", -math.inf)):
             finite(f"DiffPrune {name}", getattr(self, name), above=above)
         finite("DiffPrune l0", self.l0)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.attach import named
 from ..core.delta import Delta, Refusal, Wrapped, overrides
-from ..core.registry import method, whole
-from ..core.routing import Now, hidden_size, per_token, pooled, readings, spread
-from ..core.site import Site, widths
+from ..core.registry import choice, method, whole
+from ..core.routing import Now, Watch, per_token, pooled, readings, spread, width_of
+from ..core.site import Site
 from .adapter import Adapter
 from .lora import LoRA
 from .prefix import Prefix
@@ -24,11 +25,11 @@ PER = ("sequence", "token")
 @method("gate", paper="2110.07577", kind="adapter", lr=1e-3, identity=False, tiny={"": {"of": SMALL, "pool": 3}})
 @dataclass(frozen=True)
 class Gate:
-    """A learned gate on each layer's change by each of the methods `of`, read from that layer's input.
+    """A learned gate on each layer's change by each of the methods `of`, read from what the change is made from.
 
     per "sequence": the mean of the tokens' gates, as in the paper; "token": each its own (but one for a prefix).
     pool: how many first tokens that mean takes; left out, all of an encoder's, 16 of a causal model's, always 1 of a
-    decoder's beside an encoder. Parameters: d_in + 1 for each layer and method.
+    decoder's beside an encoder. Parameters: d + 1 for each layer and method, d the width of what its gate reads.
     """
 
     of: tuple[Any, ...] = field(default=(LoRA(), Prefix(), Adapter()), metadata={"methods": True})
@@ -36,8 +37,7 @@ class Gate:
     pool: int | None = None
 
     def __post_init__(self) -> None:
-        if self.per not in PER:
-            raise ValueError(f"Gate per {self.per!r}: choose from {', '.join(PER)}")
+        choice("Gate per", self.per, PER)
         if not self.of:
             raise ValueError("Gate of: [] gates nothing; give methods: [lora, prefix, adapter]")
         whole("Gate pool", 1 if self.pool is None else self.pool)
@@ -45,14 +45,14 @@ class Gate:
     def deltas(self, model: Any) -> Iterator[tuple[Site, Delta]]:
         watches, reading = readings(model, self.pool)
         yield from watches
-        for site, delta in (pair for m in self.of for pair in m.deltas(model)):
+        for site, delta in (pair for m in self.of for pair in named(m, model)):
             layer: Any = model.get_submodule(site.read)
-            if delta.inplace or delta.alone or isinstance(layer, nn.Embedding):
-                found = f"{type(delta).__name__} at {site.write}"
-                instead = "of: lora, ia3, adapter, prefix, ...; what trains weights or embeddings stands beside it"
+            if isinstance(delta, Watch | Wrapped) or isinstance(layer, nn.Embedding) or delta.inplace or delta.alone:
+                found = f"{type(delta).__name__} of {delta.what} at {site.write}"
+                instead = "of: lora, ia3, adapter, prefix, ...; weights, embeddings and other gates stand beside it"
                 raise Refusal("a gate scales a change of activations.", found=found, instead=instead)
-            width = hidden_size(layer) if overrides(delta, "attend") else widths(layer)[0]
-            yield site, (Front if overrides(delta, "attend") else Gated)(delta, width, (*reading(site), self.per))
+            made = Front if overrides(delta, "attend") else Gated
+            yield site, made(delta, width_of(delta, layer), (*reading(site), self.per))
 
 
 class Gated(Wrapped):
@@ -73,13 +73,13 @@ class Gated(Wrapped):
 
     def share(self, x: Tensor) -> Tensor:
         g = self.weigh(x, self.per)
-        return (g if self.per == "token" else spread(per_token(g)[:, 0], x)).to(x.dtype)
+        return (g if self.per == "token" else spread(per_token(g, self.now)[:, 0], x)).to(x.dtype)
 
     def before(self, layer: nn.Module, x: Tensor) -> Tensor:
         return x + self.share(x) * (self.inner.before(layer, x) - x)
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.share(x) * (self.inner.after(layer, x, y) - y)
+        return y + self.share(self.inner.source(x, y)) * (self.inner.after(layer, x, y) - y)
 
 
 class Front(Gated):

@@ -45,6 +45,12 @@ class LowRank(Delta):
             self.lora_B.copy_(b)
         self.start_A, self.start_B = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        if self.start_A is not None and self.start_B is not None:
+            self.start_A.copy_(self.lora_A)
+            self.start_B.copy_(self.lora_B)
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A, B whose product is the change. B A - B0 A0 = (B - B0) A + B0 (A - A0): one product of rank 2r that is
         exactly zero at the start, and that loses no digits to a difference of large numbers later."""

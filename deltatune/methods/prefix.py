@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.attention import Heads, Seen, attention_modules, heads
 from ..core.delta import Delta
-from ..core.registry import method, nearest, whole
+from ..core.registry import flag, method, nearest, whole
 from ..core.routing import hidden_size
 from ..core.site import Site, trunk
 from ._keys_values import KeysValues, Root, activations
@@ -51,6 +51,7 @@ class Prefix:
     def __post_init__(self) -> None:
         whole("Prefix length", self.length)
         whole("Prefix hidden", self.hidden)
+        flag("Prefix offset_positions", self.offset_positions)
         for value, choices, what in ((self.init, INITS, "init"), (self.reparam, REPARAMS, "reparam")):
             if value not in choices:
                 raise ValueError(

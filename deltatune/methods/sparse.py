@@ -12,14 +12,13 @@ import torch
 from torch import nn
 
 from ..core.delta import Delta, Given, Refusal
-from ..core.registry import finite, method, nearest, whole
+from ..core.registry import choice, finite, method, whole
 from ..core.registry import identity as same
 from ..core.scores import SCORES, Seen
 from ..core.site import Site
 from ..core.sparse import keep, matrices, only, thin
 from .adapter import Adapter
 
-Parts = list[tuple[Delta, str]]
 DATA_FREE = ("random", "magnitude", "synflow")
 BY = (*DATA_FREE, "snip", "grasp")
 SMALL = {"adapter": {"bottleneck": 4, "init": "normal", "init_std": 0.3}}
@@ -51,8 +50,7 @@ class Sparse:
             raise ValueError(f"Sparse density is the share that is kept, 0 < density <= 1, got {self.density!r}")
         whole("Sparse rounds", self.rounds)
         whole("Sparse batches", self.batches)
-        if self.by not in BY:
-            raise ValueError(f"Sparse by {self.by!r}: choose from {', '.join(BY)}.{nearest(str(self.by), BY)}")
+        choice("Sparse by", self.by, BY)
         if not self.of:
             raise ValueError("Sparse of () prunes nothing: give the methods, such as of=(Adapter(init='normal'),)")
 
@@ -65,12 +63,12 @@ class Sparse:
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         found = [pair for m in self.of for pair in m.deltas(model)]
-        parts = parts_of([delta for _, delta in found])
-        if not parts or not all(delta.ready for _, delta in found):
+        parts, why = parts_of([d for _, d in found]), [f"; {d.unpruned}" for _, d in found if d.unpruned][:1]
+        if why or not parts or not all(delta.ready for _, delta in found):
             raise Refusal(
-                "Sparse prunes matrices that a method adds and draws by itself.",
+                f"Sparse prunes matrices that a method adds and draws by itself{''.join(why)}.",
                 found=", ".join(dict.fromkeys(type(m).__name__ for m in self.of)),
-                instead="Adapter, LoRA, Prefix or Prompt; Select for weights of the base",
+                instead="Adapter, LoRA, Prefix or Prompt, also inside Gate and SpotTune; Select for the base's weights",
             )
         if self.by in DATA_FREE:
             self.prune(parts, None)
@@ -81,7 +79,7 @@ class Sparse:
     def prepare(self, model: nn.Module, deltas: Sequence[Delta], given: Given) -> None:
         self.prune(parts_of(deltas), given)
 
-    def prune(self, parts: Parts, given: Given | None) -> None:
+    def prune(self, parts: list[tuple[Delta, str]], given: Given | None) -> None:
         params = [delta.get_parameter(path) for delta, path in parts]
         seen = Seen(params, [delta for delta, _ in parts], given.losses if given else lambda: iter(()), self.batches)
         for n in range(1, self.rounds + 1):
@@ -94,7 +92,9 @@ class Sparse:
         for (delta, path), index in zip(parts, kept, strict=True):
             thin(delta, path, index)
             delta.ready = True
+        for delta in dict.fromkeys(delta for delta, _ in parts):
+            delta.restart()
 
 
-def parts_of(deltas: Sequence[Delta]) -> Parts:
+def parts_of(deltas: Sequence[Delta]) -> list[tuple[Delta, str]]:
     return [(delta, path) for delta in deltas for path in matrices(delta)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.delta import SLOT, Delta, Refusal
-from ..core.registry import method, whole
+from ..core.registry import flag, method, whole
 from ..core.site import Site, blocks, widths
 
 # families whose blocks see a plain sequence: no windows, no position bias that counts on the number of patches
@@ -40,10 +40,10 @@ class VisualPrompt:
 
     def __post_init__(self) -> None:
         whole("VisualPrompt length", self.length)
+        flag("VisualPrompt deep", self.deep)
 
     def deltas(self, model: Any) -> Iterator[tuple[Site, Delta]]:
-        found = seeing(model)
-        start = bound(model)
+        found, start = seeing(model), bound(model)
         for index, block in enumerate(found):
             tokens = self.drawn(model, block, start) if self.deep or index == 0 else None
             yield Site(block, block), Tokens(tokens, self.length, (index == 0, index == len(found) - 1))

@@ -19,6 +19,7 @@ from ..core.attach import activate, attach, attached, each, known, packing, trai
 from ..core.delta import Given
 from ..core.quant import options, steady
 from ..core.site import head_modules
+from ..core.sparse import unthinned
 from ..core.store import add_tokens
 from ..data.batch import Batch, Batching, pack, pad, plan, side_by_side
 from ..data.encode import Encoded, Encoding, encoder
@@ -170,7 +171,9 @@ class Job:
     def ratios(self) -> tuple[tuple[str, float], ...]:
         """The learning rates that methods ask for, as multiples of the run's (LoRA+, diff pruning)."""
         return tuple(
-            (f"^{re.escape(key)}$", delta.rates[name]) for key, delta, name in self.each() if name in delta.rates
+            (f"^{re.escape(key)}$", delta.rates[unthinned(name)])
+            for key, delta, name in self.each()
+            if unthinned(name) in delta.rates
         )
 
     def given(self) -> Given:

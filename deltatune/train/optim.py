@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.quant import library
+from ..core.sparse import unthinned
 
-NO_DECAY = re.compile(r"(^|[._])(bias|norm|ln|layernorm|ia3|scale|gate|magnitude)", re.IGNORECASE)
+# a parameter's own name, not its layer's: an adapter at LayerNorm and a LoRA of gate_proj are decayed
+NO_DECAY = re.compile(r"\w*bias|ia3_\w+|scale|gate|group|lora_magnitude_vector")
 
 # method: (lowest and highest learning rate that has been seen to work, the paper's or our own default)
 LEARNING_RATES: dict[str, tuple[float, float, float]] = {
@@ -165,7 +167,8 @@ class Optimizer:
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for key, p in self.masters.items():
             ratio = next((x for pattern, x in self.optim.ratios if re.search(pattern, key)), 1.0)
-            decay = 0.0 if p.ndim < 2 or NO_DECAY.search(key) else self.optim.weight_decay
+            decays = p.ndim > 1 and not NO_DECAY.fullmatch(unthinned(key).rpartition(".")[2])
+            decay = self.optim.weight_decay if decays else 0.0
             groups.setdefault((ratio, decay), []).append(p)
         for pattern, _ in self.optim.ratios:
             if not any(re.search(pattern, key) for key in self.masters):
