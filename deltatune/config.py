@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deltatune import blocks
-from deltatune.aliases import Draft, override, rivals, shape
+from deltatune.aliases import Draft, lookup, override, rivals, settle, shape, shown
 from deltatune.marks import ConfigError, Problem, Spot, dotted, nearest, read_file, read_text, read_value, to_yaml
 
 __all__ = ["Config", "ConfigError", "Override", "Resolved", "dump", "load", "resolve", "schema"]
@@ -216,6 +216,8 @@ class Config(Section):
 
     model: Model
     method: Annotated[tuple[dict[str, dict[str, Any]], ...], Field(min_length=1)] = ({"lora": {}},)
+    presets: Refs = ()
+    """The presets that method named, for the record: naming one as method fills in its settings, this key does not."""
     objective: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)] = {"sft": {}}
     data: Data
     strategy: None = None
@@ -227,6 +229,7 @@ class Config(Section):
     def __init__(self, **given: Any):
         draft = Draft(dict(given), fields=FIELDS)
         shape(draft)
+        settle(draft)
         problems = [*draft.problems, *checked(draft)]
         try:
             super().__init__(**draft.data)
@@ -272,6 +275,7 @@ def checked(draft: Draft) -> list[Problem]:
         problems += blocks.method_problems(draft.data["method"], ("method",))
     if draft.data.get("objective") is not None:
         problems += blocks.objective_problems(draft.data["objective"], ("objective",))
+    problems += blocks.preset_problems(listed(draft.data.get("presets")), ("presets",))
     data = draft.data.get("data")
     if data is None or (isinstance(data, Mapping) and data.get("train") in (None, "", [], ())):
         problems.append(Problem(("data", "train"), "must be given (--data FILE)"))
@@ -353,6 +357,7 @@ def load(
         shape(draft)
         for given in overrides:
             override(draft, given.name, given.value, given.said)
+        settle(draft)
         problems = list(draft.problems)
         config = None
         try:
@@ -424,7 +429,20 @@ def dump(config: Config) -> str:
     tree = blocks.plain(config.model_dump())
     for name in SECTIONS:
         tree[name] = {key: value for key, value in tree[name].items() if value is not None}
-    return to_yaml({key: value for key, value in tree.items() if value not in (None, {})})
+    return to_yaml({key: value for key, value in tree.items() if value not in (None, {}, [])})
+
+
+def recipes(config: Config) -> list[str]:
+    """Of each preset that the run was named by: the settings that it has from there, and whose they are."""
+    draft, found = Draft(blocks.plain(config.model_dump())), []
+    for name in config.presets:
+        kept = [
+            f"{dotted(spot)} {shown(value)}" for spot, value in blocks.settings(name) if lookup(draft, spot) == value
+        ]
+        paper = blocks.presets()[name].get("paper")
+        whose = f"{name} (arXiv:{paper})" if paper else name
+        found += [f"as {whose}: {', '.join(kept)}"] if kept else []
+    return found
 
 
 def schema(index: Mapping[str, Any] | None = None) -> dict[str, Any]:

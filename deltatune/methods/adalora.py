@@ -16,7 +16,7 @@ from .triplets import Triplets
 
 
 @method(
-    "adalora", paper="2303.10512", kind="linear", peft="ADALORA", mergeable=True, lr=1e-3,
+    "adalora", paper="2303.10512", kind="linear", peft="ADALORA", mergeable=True,
     tiny={"": {"init_r": 6, "r": 4}},
 )  # fmt: skip
 @dataclass(frozen=True)

@@ -23,7 +23,6 @@ INITS = ("vocab", "uniform", "text", "labels")
     paper="2104.08691",
     kind="embedding",
     peft="PROMPT_TUNING",
-    lr=3e-2,
     identity=False,
     tiny={"": {"length": 3}, "prompts": {"length": 2, "count": 3}},
 )

@@ -21,7 +21,6 @@ ENCODERS = ("lstm", "mlp")
     "ptuning",
     paper="2103.10385",
     kind="embedding",
-    lr=1e-3,
     identity=False,
     tiny={"": {"length": 3}, "ptuning-mlp": {"length": 2, "encoder": "mlp", "count": 2}},
 )

@@ -29,7 +29,7 @@ TINY = {
 }
 
 
-@method("sparse", paper="2210.04284", kind="adapter", lr=1e-3, tiny=TINY)
+@method("sparse", paper="2210.04284", kind="adapter", tiny=TINY)
 @dataclass(frozen=True)
 class Sparse:
     """Any methods with their matrices pruned before training: only the `density` share of values trains and is stored.

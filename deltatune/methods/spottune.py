@@ -19,7 +19,7 @@ LEVELS = ("block", "delta")
 SMALL: dict[str, Any] = {"of": [{"lora": {"r": 2}}], "pool": 3, "hidden": 4}
 
 
-@method("spottune", paper="1811.08737", kind="adapter", lr=1e-3, tiny={"": SMALL, "spottune-full": SMALL | {"of": []}})
+@method("spottune", paper="1811.08737", kind="adapter", tiny={"": SMALL, "spottune-full": SMALL | {"of": []}})
 @dataclass(frozen=True)
 class SpotTune:
     """A policy network decides, for each sequence and block, whether the block runs frozen or changed by `of`.

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Config
+from ..config import Config, recipes
 from ..core.attach import activate, attach, attached, each, known, packing, trainable
 from ..core.delta import Given
 from ..core.quant import options, steady
@@ -252,7 +252,7 @@ def with_rows(tokens: NewTokens, added: tuple[int, ...]) -> NewTokens:
 def prepare(config: Config) -> Job:
     """Read the data, open the model, attach the method, encode the rows. ValueError or Refusal where it cannot work."""
     check_supported(config)
-    notes: list[str] = []
+    notes = recipes(config)
     train, held, ood = read_sets(config, notes)
     objective = build_objective(config.objective).fit(train)
     model, tokenizer = open_model(config, objective)
@@ -449,7 +449,7 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
             "dtype=zoo.dtype()",
             stacklevel=3,
         )
-    notes: list[str] = []
+    notes = recipes(config)
     train, held, ood = read_sets(config, notes)
     objective = build_objective(objective).fit(train)
     objective.check(model)
