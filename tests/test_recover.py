@@ -270,7 +270,7 @@ def test_defaults_are_shown_beside_the_finished_sweeps(place, tmp_path, monkeypa
     for name, lr in (("houlsby", 1e-3), ("mam", 1e-3), ("ia3", 3e-3)):
         line(store, recover.Cell("sweep", name, "a", lr, 0), "1")
     monkeypatch.setattr(recover, "default_lr", {"lora": 1e-3, "adapter": 1e-3, "mam": 5e-5}.__getitem__)
-    (tmp_path / "what.yaml").write_text(yaml.safe_dump(what))
+    (tmp_path / "what.yaml").write_text(yaml.safe_dump(what, sort_keys=False))
     capsys.readouterr()
     recover.main(["--defaults", "--what", str(tmp_path / "what.yaml"), "--store", str(tmp_path / "s.jsonl")])
     assert capsys.readouterr().out.splitlines() == [

@@ -113,9 +113,10 @@ def methods(
     table = Table(box=None, pad_edge=False, header_style="bold")
     what = ["parameters", "sites"] if model else ["defaults"]
     for column in ("name", "paper", "kind", "merge", "peft", *what, "source"):
-        wraps = column in ("defaults", "sites", "source")
+        wraps, right = column in ("defaults", "sites", "source"), column == "parameters"
+        width = 20 if wraps else None
         table.add_column(
-            column, overflow="fold", no_wrap=not wraps, justify="right" if column == "parameters" else "left"
+            column, overflow="fold", no_wrap=not wraps, justify="right" if right else "left", min_width=width
         )
     for record in records:
         table.add_row(*cells(record, model is not None))
