@@ -25,10 +25,13 @@ def record(name: str) -> dict[str, Any]:
     if name not in blocks.presets():
         raise ValueError(f"no method or preset {name!r}{nearest(name, names())}; there are {', '.join(names())}")
     entry, made_of = blocks.presets()[name], blocks.preset(name)
-    mergeable = all(known.get(next(iter(block)), {}).get("mergeable", False) for block in made_of)
+    parts = [known.get(next(iter(block)), {}) for block in made_of]
+    mergeable, peft = all(part.get("mergeable", False) for part in parts), None
+    if len(parts) == 1:  # a peft folder holds one method
+        peft = parts[0].get("peft")
     own = ("paper", "lr", "lr_range", "note", "model", "objective", "train")
     source = f"lr: {'paper' if 'lr' in entry.get('train', {}) else 'default of its methods'}"
-    facts = {"name": name, "kind": "preset", "mergeable": mergeable, "peft": None, "source": source}
+    facts = {"name": name, "kind": "preset", "mergeable": mergeable, "peft": peft, "source": source}
     return {**facts, **{k: entry.get(k) for k in own}, "method": made_of}
 
 

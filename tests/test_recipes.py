@@ -329,7 +329,8 @@ def test_one_method_as_json_and_on_a_model(tmp_path):
     assert "160 parameters; 2 self_attn.k_proj" in " ".join(call("methods", "ia3", "--model", tmp_path).stdout.split())
     assert "refused: BitFit" in " ".join(call("methods", "bitfit", "--model", tmp_path).stdout.split())
     mam = json.loads(call("methods", "mam", "--json").stdout)
-    assert (mam["lr"], mam["lr_range"], mam["source"]) == (5e-5, [1e-5, 5e-3], "lr: paper")
+    assert (mam["lr"], mam["lr_range"], mam["source"], mam["peft"]) == (5e-5, [1e-5, 5e-3], "lr: paper", None)
+    assert json.loads(call("methods", "pissa", "--json").stdout)["peft"] == "LORA"  # one method, saved as its own
 
 
 @pytest.mark.parametrize(
