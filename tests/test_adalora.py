@@ -79,7 +79,7 @@ def test_the_penalty_is_the_papers_or_the_mean_distance_of_its_program(penalty, 
 
 
 def test_an_unknown_penalty_is_an_error():
-    with pytest.raises(ValueError, match="AdaLoRA penalty 'square': choose from squares, distances.*'squares'"):
+    with pytest.raises(ValueError, match=r"AdaLoRA penalty 'square': choose from squares, distances.*'squares'"):
         AdaLoRA(penalty="square")
 
 

@@ -28,7 +28,8 @@ class AdaLoRA:
     `tinit`, `tfinal`, `delta_t`: steps before the budget shrinks, steps after, and between two allocations, each a
     share of the run's steps below 1. `gamma` weighs the penalty that keeps P and Q orthogonal, `beta1` and `beta2`
     smooth sensitivity and uncertainty. `penalty`: "squares" of the distances, summed over layers (the paper's equation
-    4), or their mean, "distances" (the authors' program, and peft). Parameters: init_r (d_in + d_out + 1) per layer while training.
+    4), or their mean, "distances" (the authors' program, and peft). Parameters: init_r (d_in + d_out + 1) per layer
+    while training.
     """
 
     init_r: int = 12
