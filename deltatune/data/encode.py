@@ -36,12 +36,13 @@ class Reading:
     """How a row's tokens lie in its text, for answers that are parts of it.
 
     spans: each token's characters in `text`, None outside it.   words: the position of each word's first token, -1
-    where it was cut off.
+    where it was cut off.   fullest: of the windows of a text, the tokens that this one has most context for.
     """
 
     text: str = ""
     spans: tuple[Span | None, ...] = ()
     words: tuple[int, ...] = ()
+    fullest: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)

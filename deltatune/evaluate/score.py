@@ -122,15 +122,19 @@ def prompts_of(job: Job, examples: Sequence[Example]) -> list[Encoded]:
 
 
 def classify(job: Job, examples: Sequence[Example]) -> list[Any]:
-    found: list[Any] = [None] * len(examples)
-    rows = [row for e in examples for row in job.encode([e])[:1]]
+    """One prediction an example: of its row, or of all its windows joined."""
+    read = getattr(job.objective, "parts", job.objective.predict)
+    own = [job.encode([e]) for e in examples]
+    rows = [row for windows in own for row in windows]
+    found: list[Any] = [None] * len(rows)
     lengths = [len(r.ids) for r in rows]
     for group in plan(lengths, Batching(tokens=max(BATCH_TOKENS, max(lengths)), group=True)):
-        for i, said in zip(
-            group, job.objective.predict(job.model, job.batch([rows[i] for i in group], False)), strict=True
-        ):
+        for i, said in zip(group, read(job.model, job.batch([rows[i] for i in group], False)), strict=True):
             found[i] = said
-    return found
+    if not hasattr(job.objective, "joined"):
+        return found
+    said = iter(found)
+    return [job.objective.joined([next(said) for _ in windows]) for windows in own]
 
 
 # ---- the untuned model -----------------------------------------------------------------------------------------------
