@@ -14,6 +14,7 @@ SOFT = ("prompt", "prompts", "prompt-tasks", "ptuning", "ptuning-mlp")
 REFUSED |= {(variant, family): "its input is no tokens" for variant in SOFT for family in ("vit", "whisper")}
 REFUSED |= {("tokens", "vit"): "its input is no tokens"}
 REFUSED |= {("spottune", "clip"): "one policy, two inputs", ("spottune-full", "clip"): "one policy, two inputs"}
+REFUSED |= {("spottune-prefix", "clip"): "one policy, two inputs"}
 REFUSED |= {
     (variant, family): "it reads no images"
     for variant in ("visual_prompt", "visual-deep")
@@ -32,6 +33,7 @@ UNMERGEABLE = {
     "visual-deep": "tokens beside the patches have no equivalent weight",
     "prompt": "virtual ids have no row in the embedding",
     "spottune": "which change a sequence gets depends on the sequence",
+    "spottune-prefix": "which change a sequence gets depends on the sequence",
     "spottune-full": "which change a sequence gets depends on the sequence",
     "gate": "its gates depend on the sequence",
     "prompt-tasks": "virtual ids have no row in the embedding",
