@@ -2,6 +2,7 @@
 
     python benchmarks/recover.py --data DIR [--only METHOD ...] [--hours H]
     python benchmarks/recover.py --table [--write docs/evidence/methods.md]
+    python benchmarks/recover.py --defaults
 
 DIR: the sets of docs/evidence/data.md. recover.yaml says what is run. The learning rate is chosen on the dev split with
 one seed; the winner is trained with three seeds and measured on test rows that the sweep never saw. Every finished run
@@ -32,7 +33,7 @@ import yaml
 
 import deltatune
 from deltatune.config import Config, resolve
-from deltatune.core.registry import PRESETS
+from deltatune.core.registry import METHODS, PRESETS, default_lr
 from deltatune.evaluate.incontext import Prompt, Search, best_untuned
 from deltatune.evaluate.intervals import Interval, mean_difference
 from deltatune.evaluate.metrics import find
@@ -200,10 +201,11 @@ def recipe(table: Table, cell: Cell) -> str:
 
 
 def settings(task: Table, method: Any, cell: Cell, folder: Path) -> Config:
-    """One run as the tree that its YAML file holds."""
+    """One run as the tree that its YAML file holds. Of a preset, its method and base: the training is the task's."""
+    preset = PRESETS.get(method, {}) if isinstance(method, str) else {}
     tree = {
-        "model": task["base"],
-        "method": method,
+        "model": {"name": task["base"], **preset.get("model", {})},
+        "method": preset.get("method", method),
         "objective": task["objective"],
         "data": {"train": str(folder / "train.jsonl")},
         "train": {**task["train"], "lr": cell.lr, "seed": cell.seed, "precision": "fp32"},
@@ -392,10 +394,31 @@ def swept(store: Store, name: str, task: str) -> str:
     return ", ".join(f"{lr:g}: {line['value']:.3f}" for lr, line in lines.items() if line)
 
 
+def default_of(store: Store, name: str) -> str:
+    """The method (or preset) whose default learning rate a sweep is about; "" where it is none."""
+    entry = store.table["methods"][name]
+    named = (entry.get("default_of"), name, entry.get("method"))
+    return next((n for n in named if isinstance(n, str) and (n in METHODS or n in PRESETS)), "")
+
+
+def defaults(store: Store) -> str:
+    """Of each finished sweep, task by task: its winner beside what stands in the registry."""
+    lines = []
+    for name, entry in entries(store).items():
+        chosen, whose = {task: best_lr(store, name, task) for task in entry["tasks"]}, default_of(store, name)
+        if None not in chosen.values() and whose:
+            said = "the same" if set(chosen.values()) == {default_lr(whose)} else "DIFFERS"
+            said = said if whose in METHODS else "a preset, which stays as it was published"
+            won = ", ".join(f"{task} {best:g}" for task, best in chosen.items())
+            lines.append(f"{name}: swept {won}; default of {whose} {default_lr(whose):g}: {said}")
+    return "\n".join(lines) or "no sweep is finished"
+
+
 def shown(store: Store, name: str, task: str) -> str:
     """One row of the table."""
-    found = recovery(store, name, task)
-    head = f"| {name} | {task} | {swept(store, name, task) or '-'} "
+    found, whose = recovery(store, name, task), default_of(store, name)
+    default = f"{default_lr(whose):g} ({whose})" if whose else "-"
+    head = f"| {name} | {task} | {swept(store, name, task) or '-'} | {default} "
     if found is None:
         return f"{head}| | | | | | | open |"
     runs, gain = found.runs, found.gain
@@ -419,13 +442,13 @@ def written(store: Store) -> str:
         for name, task in store.table["tasks"].items()
     ]
     names = (
-        "method", "task", "sweep on dev (lr: score)", "lr", "trained parameters", "untuned", "tuned, 3 seeds",
-        "gain [95 %]", "training, s", "recovered",
+        "method", "task", "sweep on dev (lr: score)", "default lr", "lr", "trained parameters", "untuned",
+        "tuned, 3 seeds", "gain [95 %]", "training, s", "recovered",
     )  # fmt: skip
     top = f"| {' | '.join(names)} |"
     lines = [shown(store, name, task) for name, entry in entries(store).items() for task in entry["tasks"]]
     lines += [
-        f"| {n} | - | - | | | | | | | open: {e['open']} |" for n, e in store.table["methods"].items() if "open" in e
+        f"| {n} | - | - | - | | | | | | | open: {e['open']} |" for n, e in store.table["methods"].items() if "open" in e
     ]
     return "\n".join([*tasks, "", top, "|" + "---|" * len(names), *lines])
 
@@ -448,11 +471,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--what", type=Path, default=HERE / "recover.yaml", help="tasks and methods")
     parser.add_argument("--store", type=Path, default=STORE)
     parser.add_argument("--table", action="store_true", help="print the table from the store; runs nothing")
+    parser.add_argument(
+        "--defaults", action="store_true", help="print each sweep's winner beside the registry's default"
+    )
     parser.add_argument("--write", type=Path, help="put the table into this page")
     args = parser.parse_args(argv)
     store = Store(args.store, yaml.safe_load(args.what.read_text(encoding="utf-8")))
     if unknown := [name for name in args.only if name not in entries(store)]:
         parser.error(f"no method {unknown[0]!r} to run; there are {', '.join(entries(store))}")
+    if args.defaults:
+        print(defaults(store))
+        return
     if not args.table:
         if args.data is None:
             parser.error("--data DIR is needed to run (or --table)")

@@ -50,6 +50,7 @@ RIVALS: dict[Spot, tuple[Spot, str]] = {
     ("train", "steps"): (("train", "epochs"), "steps counts optimizer steps, epochs counts passes over the data"),
     ("train", "batch_tokens"): (("train", "batch_rows"), "batch_tokens counts tokens, batch_rows counts rows"),
 }
+RIVAL = {**{spot: other for spot, (other, _) in RIVALS.items()}, **{other: spot for spot, (other, _) in RIVALS.items()}}
 # A section given as one plain value means this key of it.
 SHORT = {"model": "name", "data": "train", "output": "dir", "log": "every"}
 
@@ -94,6 +95,7 @@ class Draft:
     fields: Mapping[str, Any] = field(default_factory=dict)  # section -> its keys
     notes: list[str] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
+    named: list[tuple[str, str]] = field(default_factory=list)  # presets that `method` names, and where
 
     def where(self, spot: Spot) -> str:
         """`file:line` or the flag of a place, or of the nearest place above it."""
@@ -116,7 +118,7 @@ def shape(draft: Draft) -> None:
             data[section] = {key: data[section]}
             draft.lines[section, key] = draft.where((section,))
     if data.get("method") is not None:
-        beside(draft, data["method"], draft.where(("method",)))
+        draft.named = draft.named or named(data["method"], draft.where(("method",)))
         data["method"] = blocks.as_list(data["method"])
     if isinstance(data.get("objective"), str):
         data["objective"] = {data["objective"]: {}}
@@ -125,14 +127,44 @@ def shape(draft: Draft) -> None:
     translate(draft)
 
 
-def beside(draft: Draft, method: Any, where: str) -> None:
-    """What a preset says of other sections (QLoRA: model.quant), where nothing else is said there."""
-    for name in (word for word in (method if isinstance(method, list | tuple) else [method]) if isinstance(word, str)):
-        for section, fields in blocks.presets().get(name, {}).items():
-            for key, value in fields.items() if section in draft.fields and section != "method" else ():
-                if lookup(draft, (section, key)) is None:
-                    put(draft, (section, key), value, where)
-                    draft.notes.append(f"{where + ': ' if where else ''}{name} means {section}.{key}: {value}")
+def named(method: Any, where: str) -> list[tuple[str, str]]:
+    """The presets among the bare names of `method`."""
+    words = method if isinstance(method, list | tuple) else [method]
+    return [(word, where) for word in words if isinstance(word, str) and word in blocks.presets()]
+
+
+def settle(draft: Draft) -> None:
+    """What the named presets say of a run (QLoRA: model.quant; the papers' train), where nothing else is said: last, so
+    that file, flags and familiar names go first. Of several presets, the first that says a thing has its way."""
+    taken: dict[Spot, str] = {}
+    for name, where in draft.named:
+        front = f"{where}: " if where else ""
+        said: list[str] = []
+        for spot, value in blocks.settings(name):
+            if spot in taken and lookup(draft, spot) != value:
+                draft.notes.append(
+                    f"{front}{name} also means {dotted(spot)}: {value}, but {taken[spot]} is named first"
+                )
+            if any(present(draft, place) for place in (spot, *([RIVAL[spot]] if spot in RIVAL else []))):
+                continue
+            put(draft, spot, value, where)
+            taken[spot] = name
+            said.append(f"{dotted(spot)}: {shown(value)}")
+        if said:
+            draft.notes.append(f"{front}{name} means {', '.join(said)}")
+    if draft.named:
+        draft.data["presets"] = [name for name, _ in draft.named]
+
+
+def shown(value: Any) -> str:
+    """`{choice: {}}` as its name, everything else as it is."""
+    return next(iter(value)) if isinstance(value, Mapping) and len(value) == 1 else str(value)
+
+
+def present(draft: Draft, spot: Spot) -> bool:
+    """Whether a place is given; null is given too: it leaves the value to the method."""
+    here = lookup(draft, spot[:-1]) if spot[1:] else draft.data
+    return isinstance(here, Mapping) and spot[-1] in here
 
 
 def translate(draft: Draft) -> None:
@@ -217,7 +249,7 @@ def put(draft: Draft, spot: Spot, value: Any, where: str) -> None:
 def put_method(draft: Draft, spot: Spot, value: Any, where: str) -> None:
     """`method`, `method.lora` or `method.lora.r`, whatever spelling the file has."""
     if len(spot) == 1:
-        beside(draft, value, where)
+        draft.named = named(value, where)
         draft.data["method"] = blocks.as_list(value)
         forget(draft, spot)
         draft.lines[spot] = where
@@ -266,8 +298,7 @@ def override(draft: Draft, name: str, value: Any, where: str) -> None:
 
 def replace_rival(draft: Draft, spot: Spot, value: Any, where: str) -> None:
     """A flag for one of two rival keys takes the file's other one away, and says so."""
-    pairs = {**{k: other for k, (other, _) in RIVALS.items()}, **{other: k for k, (other, _) in RIVALS.items()}}
-    rival = pairs.get(spot)
+    rival = RIVAL.get(spot)
     # Two flags that contradict each other are the user's mistake, not a file to override.
     if rival and value is not None and lookup(draft, rival) is not None and not draft.where(rival).startswith("--"):
         draft.notes.append(f"{where}: {dotted(spot)} replaces {dotted(rival)} ({draft.where(rival) or 'given'})")

@@ -39,6 +39,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "qa": {
         "fields": {
             "longest": {"type": "int", "default": 30},
+            "doc_stride": {"type": "int", "default": 128},
             "unanswerable": {"type": "bool", "default": False},
         }
     },
@@ -148,6 +149,28 @@ def preset(name: str) -> list[Any]:
     found = presets().get(name)
     blocks = found and (found.get("method") or found.get("blocks"))
     return as_list(blocks) if blocks else [{name: {}}]
+
+
+def settings(name: str) -> list[tuple[Spot, Any]]:
+    """What a preset says of a run beside its method, by place: ("train", "lr") -> 3e-4, ("objective",) -> {...}."""
+    found = presets().get(name, {})
+    goal = found.get("objective")
+    said: list[tuple[Spot, Any]] = [(("objective",), {goal: {}} if isinstance(goal, str) else goal)] if goal else []
+    for section in ("model", "train"):
+        said += [((section, key), value) for key, value in lr_first(found.get(section) or {})]
+    return said
+
+
+def lr_first(fields: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """A section's settings in the order in which people read them."""
+    return sorted(fields.items(), key=lambda pair: (pair[0] != "lr", pair[0]))
+
+
+def preset_problems(names: Any, spot: Spot) -> list[Problem]:
+    """What is wrong with the names of presets that a configuration records."""
+    there = presets()
+    unknown = [name for name in names or () if name not in there]
+    return [Problem(spot, f"{name!r}: no preset{nearest(str(name), there)}") for name in unknown]
 
 
 def method_problems(blocks: Any, spot: Spot) -> list[Problem]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deltatune import blocks
-from deltatune.aliases import Draft, override, rivals, shape
+from deltatune.aliases import Draft, lookup, override, rivals, settle, shape, shown
 from deltatune.marks import ConfigError, Problem, Spot, dotted, nearest, read_file, read_text, read_value, to_yaml
 
 __all__ = ["Config", "ConfigError", "Override", "Resolved", "dump", "load", "resolve", "schema"]
@@ -32,6 +32,15 @@ def switch(value: Any) -> Any:
 def listed(value: Any) -> Any:
     """One reference as a list of one."""
     return [str(value)] if isinstance(value, (str, Path)) else value
+
+
+def sets(value: Any) -> Any:
+    """As `listed`; {task: references} as `task=reference` each."""
+    if not isinstance(value, Mapping):
+        return listed(value)
+    if wrong := next((name for name in value if not re.fullmatch(r"[A-Za-z][\w-]*", str(name))), None):
+        raise ValueError(f"{wrong!r} is no name for a task: letters, digits, - and _")
+    return [f"{name}={ref}" for name, refs in value.items() for ref in listed(refs) or ()]
 
 
 def named(value: Any) -> Any:
@@ -79,6 +88,7 @@ Amount = Annotated[float, BeforeValidator(number), Field(ge=0)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)]
 Numbers = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(dtype)]
 Refs = Annotated[tuple[str, ...], BeforeValidator(listed)]
+Named = Annotated[tuple[str, ...], BeforeValidator(sets)]
 
 
 class Section(BaseModel):
@@ -112,10 +122,11 @@ class Mix(Section):
 class Data(Section):
     """Where the rows come from."""
 
-    train: Refs = ()
-    """Training rows: files, folders, - (standard input), hub ids, pypi: references."""
-    eval: Refs = ()
-    """Held-out rows, measured before and after."""
+    train: Named = ()
+    """Training rows: files, folders, - (standard input), hub ids, pypi: references. {task: reference} (or
+    task=reference) names what each belongs to: a soft prompt then has vectors of its own for each task."""
+    eval: Named = ()
+    """Held-out rows, measured before and after; by task as in train."""
     ood: Annotated[dict[str, Refs], BeforeValidator(named)] = Field(default_factory=dict)
     """Further sets by name, measured beside eval."""
     format: Annotated[str, AfterValidator(known_format)] = "auto"
@@ -216,6 +227,8 @@ class Config(Section):
 
     model: Model
     method: Annotated[tuple[dict[str, dict[str, Any]], ...], Field(min_length=1)] = ({"lora": {}},)
+    presets: Refs = ()
+    """The presets that method named, for the record: naming one as method fills in its settings, this key does not."""
     objective: Annotated[dict[str, dict[str, Any]], Field(min_length=1, max_length=1)] = {"sft": {}}
     data: Data
     strategy: None = None
@@ -227,6 +240,7 @@ class Config(Section):
     def __init__(self, **given: Any):
         draft = Draft(dict(given), fields=FIELDS)
         shape(draft)
+        settle(draft)
         problems = [*draft.problems, *checked(draft)]
         try:
             super().__init__(**draft.data)
@@ -272,8 +286,9 @@ def checked(draft: Draft) -> list[Problem]:
         problems += blocks.method_problems(draft.data["method"], ("method",))
     if draft.data.get("objective") is not None:
         problems += blocks.objective_problems(draft.data["objective"], ("objective",))
+    problems += blocks.preset_problems(listed(draft.data.get("presets")), ("presets",))
     data = draft.data.get("data")
-    if data is None or (isinstance(data, Mapping) and data.get("train") in (None, "", [], ())):
+    if data is None or (isinstance(data, Mapping) and data.get("train") in (None, "", [], (), {})):
         problems.append(Problem(("data", "train"), "must be given (--data FILE)"))
     return problems
 
@@ -353,6 +368,7 @@ def load(
         shape(draft)
         for given in overrides:
             override(draft, given.name, given.value, given.said)
+        settle(draft)
         problems = list(draft.problems)
         config = None
         try:
@@ -424,7 +440,20 @@ def dump(config: Config) -> str:
     tree = blocks.plain(config.model_dump())
     for name in SECTIONS:
         tree[name] = {key: value for key, value in tree[name].items() if value is not None}
-    return to_yaml({key: value for key, value in tree.items() if value not in (None, {})})
+    return to_yaml({key: value for key, value in tree.items() if value not in (None, {}, [])})
+
+
+def recipes(config: Config) -> list[str]:
+    """Of each preset that the run was named by: the settings that it has from there, and whose they are."""
+    draft, found = Draft(blocks.plain(config.model_dump())), []
+    for name in config.presets:
+        kept = [
+            f"{dotted(spot)} {shown(value)}" for spot, value in blocks.settings(name) if lookup(draft, spot) == value
+        ]
+        paper = blocks.presets()[name].get("paper")
+        whose = f"{name} (arXiv:{paper})" if paper else name
+        found += [f"as {whose}: {', '.join(kept)}"] if kept else []
+    return found
 
 
 def schema(index: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -444,6 +473,7 @@ def schema(index: Mapping[str, Any] | None = None) -> dict[str, Any]:
         shorten(tree["$defs"][section.title()]["properties"], key)
     for key in ("eval", "train"):
         shorten(tree["$defs"]["Data"]["properties"], key)
+        tree["$defs"]["Data"]["properties"][key]["anyOf"].append({"type": "object"})
     return tree
 
 

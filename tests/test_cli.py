@@ -40,7 +40,7 @@ assert dict(os.environ) == before, "importing changed the environment"
 names = "methods schema runs train resume eval generate merge export extract chat doctor data".split() + ["data check"]
 lines = [[*name.split(), "--help"] for name in names]
 lines += [["--help"], [], ["methods", "--json"], ["schema", "--json"], ["runs"], ["train", "none.yaml"]]
-lines += [["train", "--model", "x"]]
+lines += [["train", "--model", "x"], ["methods", "lora"]]
 for words in lines:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:

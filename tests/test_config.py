@@ -374,7 +374,7 @@ def test_what_was_left_open_is_chosen_and_said():
 def test_the_schema_knows_every_section_and_method():
     tree = schema()
     assert list(tree["properties"]) == [
-        "model", "method", "objective", "data", "strategy", "train", "eval", "output", "log",
+        "model", "method", "presets", "objective", "data", "strategy", "train", "eval", "output", "log",
     ]  # fmt: skip
     lora = tree["properties"]["method"]["anyOf"][0]["properties"]["lora"]
     assert lora["properties"]["r"] == {"type": "integer", "default": 8}

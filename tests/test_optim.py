@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deltatune.train.optim import LEARNING_RATES, Optim, Optimizer, factor, sane_lr
+from deltatune.train.optim import Optim, Optimizer, factor
 
 SCHEDULES = [
     # settings, the factor at steps 0..7 of 8
@@ -166,30 +166,6 @@ def test_clipping_is_over_all_tensors_together() -> None:
     assert [float(p.grad) for p in params.values()] == [3.0, 4.0]
     optimizer.scale(norm, 1.0)
     assert [float(p.grad) for p in params.values()] == pytest.approx([0.6, 0.8], rel=1e-5)
-
-
-RATES = [
-    ("lora", 1e-5, "hardly move"),
-    ("LoRA", 3e-4, None),
-    ("lora", 5e-2, "diverge"),
-    ("prompt", 1e-3, "hardly move"),
-    ("prompt", 0.3, None),
-    ("full", 1e-3, "diverge"),
-    ("ia3", 3e-3, None),
-    ("bitfit", 1e-5, "hardly move"),
-    ("a method nobody knows", 1e9, None),
-]
-
-
-@pytest.mark.parametrize(("method", "lr", "warning"), RATES)
-def test_learning_rate_sanity(method: str, lr: float, warning: str | None) -> None:
-    text = sane_lr(method, lr)
-    assert (text is None) == (warning is None)
-    assert warning is None or warning in str(text)
-
-
-def test_every_default_rate_is_sane() -> None:
-    assert [name for name, (_, _, default) in LEARNING_RATES.items() if sane_lr(name, default)] == []
 
 
 BAD = [

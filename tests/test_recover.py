@@ -77,10 +77,10 @@ def ran(place):
 
 def test_a_method_that_learns_recovers_and_one_that_does_not_is_told(ran, capsys):
     told = table(ran, capsys)
-    assert told["learns"][3] == "0.005"  # the dev split chose it
+    assert told["learns"][4] == "0.005"  # the dev split chose it
     assert told["learns"][-1] == "yes"
     assert told["stuck"][-1] == "NO"
-    assert told["head"][5].endswith("(the commonest class)")
+    assert told["head"][6].endswith("(the commonest class)")
     assert told["missing"][-1] == "open: no checkpoint"
 
 
@@ -225,15 +225,67 @@ OURS = yaml.safe_load((ROOT / "benchmarks" / "recover.yaml").read_text(encoding=
 def test_every_method_and_preset_is_in_the_table():
     blocks = [yaml.safe_dump(entry.get("method", "")) for entry in OURS["methods"].values()]
     named = " ".join(blocks).replace(":", " ").split()
-    untold = {"tokens", "full", "gate", "adapter", "sparse", "adalora-paper", "dora-paper", "lora-paper", "lora-qv"}
+    untold = {"tokens", "full", "gate", "adapter", "sparse", "lora-qv"}
+    untold |= {f"{name}-paper" for name in METHODS}
     untold |= {"visual_prompt"}  # pictures: benchmarks/digits.py
     assert {*METHODS, *PRESETS} - {*named} <= untold
 
 
 def test_a_learning_rate_is_called_ours_only_where_the_store_chose_it():
     store = recover.Store(recover.STORE, OURS)
-    told = {name: entry.lr for name, entry in METHODS.items() if "our sweep" in entry.source}
-    assert told == {name: recover.best_lr(store, name, "") for name in told}
+    chosen: dict[str, set] = {}
+    for name, entry in recover.entries(store).items():
+        chosen.setdefault(recover.default_of(store, name), set()).update(
+            recover.best_lr(store, name, task) for task in entry["tasks"]
+        )
+    told = {name: entry.lr for name, entry in METHODS.items() if "lr: swept" in entry.source}
+    assert {name: lr for name, lr in told.items() if lr not in chosen.get(name, ())} == {}
+
+
+def test_every_entry_says_whose_default_it_sweeps():
+    store = recover.Store(recover.STORE, OURS)
+    whose = {name: recover.default_of(store, name) for name in recover.entries(store)}
+    assert {name: whose[name] for name in ("houlsby", "p-tuning", "lora", "mam", "diff-pruning", "unipelt")} == {
+        "houlsby": "adapter", "p-tuning": "ptuning", "lora": "lora", "mam": "mam", "diff-pruning": "diffprune",
+        "unipelt": "gate",
+    }  # fmt: skip
+    assert [name for name, found in whose.items() if not found and not name.startswith("bitfit-")] == []  # an ablation
+    assert {*METHODS} - {*whose.values()} == {"full", "tokens", "visual_prompt"}
+
+
+def test_defaults_are_shown_beside_the_finished_sweeps(place, tmp_path, monkeypatch, capsys):
+    what = {
+        "tasks": {"a": {"base": "x"}, "b": {"base": "y"}},
+        "methods": {
+            "lora": {"tasks": ["a", "b"], "method": "lora", "lr": [1e-3, 3e-3]},
+            "houlsby": {"tasks": ["a"], "method": "houlsby", "lr": [1e-3], "default_of": "adapter"},
+            "mam": {"tasks": ["a"], "method": "mam", "lr": [1e-3]},
+            "ia3": {"tasks": ["a", "b"], "method": "ia3", "lr": [3e-3]},
+        },
+    }
+    assert recover.defaults(recover.Store(tmp_path / "s.jsonl", what)) == "no sweep is finished"
+    store = recover.Store(tmp_path / "s.jsonl", what)
+    for task, lr, bits in (("a", 1e-3, "0011"), ("b", 1e-3, "0011"), ("a", 3e-3, "0111"), ("b", 3e-3, "0111")):
+        line(store, recover.Cell("sweep", "lora", task, lr, 0), bits)
+    for name, lr in (("houlsby", 1e-3), ("mam", 1e-3), ("ia3", 3e-3)):
+        line(store, recover.Cell("sweep", name, "a", lr, 0), "1")
+    monkeypatch.setattr(recover, "default_lr", {"lora": 1e-3, "adapter": 1e-3, "mam": 5e-5}.__getitem__)
+    (tmp_path / "what.yaml").write_text(yaml.safe_dump(what, sort_keys=False))
+    capsys.readouterr()
+    recover.main(["--defaults", "--what", str(tmp_path / "what.yaml"), "--store", str(tmp_path / "s.jsonl")])
+    assert capsys.readouterr().out.splitlines() == [
+        "lora: swept a 0.003, b 0.003; default of lora 0.001: DIFFERS",
+        "houlsby: swept a 0.001; default of adapter 0.001: the same",
+        "mam: swept a 0.001; default of mam 5e-05: a preset, which stays as it was published",
+    ]
+
+
+def test_a_preset_gives_a_sweep_its_method_and_base_but_not_its_training(tmp_path):
+    task = {"base": "m", "objective": "sft", "train": {"steps": 3, "batch_rows": 4}}
+    made = recover.settings(task, "qlora", recover.Cell("sweep", "qlora", "x", 1e-3, 0), tmp_path)
+    assert (made.model.quant, made.parts[0][1]["r"]) == ("nf4", 64)
+    assert (made.train.lr, made.train.batch_rows, made.train.clip, made.train.schedule) == (1e-3, 4, 1.0, "cosine")
+    assert made.presets == ()
 
 
 def test_the_page_shows_what_the_store_holds():

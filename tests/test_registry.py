@@ -20,7 +20,7 @@ from models import tiny
         ({"lora": {"r": 4, "targets": ["q", "v"]}}, (LoRA(4, targets=("q", "v")),)),
         ({"prefix": None}, (Prefix(),)),
         ([{"prefix": {"length": 30}}, "ia3"], (Prefix(30), IA3())),
-        ("mam", (Prefix(30), Adapter(512, ("ffn",), "parallel", scale=4.0))),
+        ("mam", (Prefix(30), Adapter(512, ("ffn",), "parallel", "relu", scale=4.0))),
         (["lora-qv", LoRA(2)], (LoRA(targets=("q", "v")), LoRA(2))),
     ],
 )

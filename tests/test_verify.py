@@ -13,7 +13,6 @@ from deltatune.core.slot import slots
 from deltatune.train import memory, verify
 from deltatune.train.guard import GuardStop, VerificationError
 from deltatune.train.job import prepare
-from deltatune.train.optim import sane_lr
 from deltatune.train.run import run
 
 
@@ -152,12 +151,6 @@ def test_a_prediction_that_does_not_fit_warns(job, monkeypatch):
     said = memory.warning({"weights": 2**30, "logits": 2**50, "total": 2**50 + 2**30})
     assert "mostly logits" in said
     assert "lower train.batch_tokens" in said
-
-
-def test_a_learning_rate_out_of_range_warns():
-    assert sane_lr("lora", 3e-4) is None
-    assert "likely to diverge" in sane_lr("lora", 0.5)
-    assert "hardly move" in sane_lr("prompt", 1e-5)
 
 
 # ---- after training --------------------------------------------------------------------------------------------------

@@ -6,9 +6,10 @@ import json
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
-from deltatune import blocks
+from deltatune import about
 from deltatune.commands.shell import emit, machine, main, screen
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
@@ -16,33 +17,23 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on standar
 
 def listing(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Every method and preset as one flat record; found: what `surveyed` says of each on a model."""
-    records = []
-    for name, entry in blocks.methods().items():
-        defaults = {field: about.get("default") for field, about in entry.get("fields", {}).items()}
-        kept = {key: entry.get(key) for key in ("paper", "kind", "mergeable", "peft", "lr", "source")}
-        records.append({"name": name, **kept, "defaults": defaults, "fields": entry.get("fields", {})})
-    for name, entry in blocks.presets().items():
-        made_of = blocks.preset(name)
-        parts = [blocks.methods().get(next(iter(block)), {}) for block in made_of]
-        mergeable = all(part.get("mergeable", False) for part in parts)
-        kept = {"paper": entry.get("paper"), "kind": "preset", "mergeable": mergeable, "peft": None}
-        more = {"source": entry.get("source"), "note": entry.get("note"), "method": made_of}
-        records.append({"name": name, **kept, **more})
-    return [{**record, **found.get(record["name"], {})} for record in records]
+    return [{**about.record(name), **found.get(name, {})} for name in about.names()]
 
 
-def surveyed(model: str | None) -> dict[str, dict[str, Any]]:
-    """Each method and preset on one model: its sites and trainable numbers, or why the model's family refuses it
-    ("refused"), or what its defaults leave open ("needs"). Empty without a model."""
+def surveyed(model: str | None, only: str | None = None) -> dict[str, dict[str, Any]]:
+    """Each method and preset (or one) on one model: its sites and trainable numbers, or why the model's family refuses
+    it ("refused"), or what its defaults leave open ("needs"). Empty without a model."""
     if model is None:
         return {}
     import torch
 
     from deltatune.core.delta import Refusal
-    from deltatune.core.registry import survey
+    from deltatune.core.registry import fits
+    from deltatune.methods import METHODS, PRESETS
 
     with torch.device("meta"):  # the architecture decides: no weights are read, no memory is taken
-        found = survey(skeleton(model))
+        base = skeleton(model)
+        found = {name: fits(base, name) for name in ([only] if only else [*METHODS, *PRESETS])}
     return {
         name: facts if isinstance(facts, dict) else {"refused" if isinstance(facts, Refusal) else "needs": str(facts)}
         for name, facts in found.items()
@@ -80,14 +71,41 @@ def cells(record: dict[str, Any], counted: bool) -> list[str]:
     return [*found, spelled(record).replace("[", r"\["), record["source"] or "-"]
 
 
+def page(found: dict[str, Any], model: str | None) -> Table:
+    """One method or preset on one page of the terminal."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    paper = f"arXiv:{found['paper']}" if found["paper"] else "no paper"
+    lines = [(found["name"], f"{found['kind']}, {paper}"), ("", found.get("doc") or found.get("note") or "")]
+    fields = found.get("fields", {}).items()
+    lines += [(f"  {name}", f"{kind['default']!r} ({kind['type']})") for name, kind in fields]
+    lines += [("learning rate", about.span(found)), ("source", found["source"] or "-")]
+    if own := about.recipe(found):
+        lines += [("paper's recipe", own["name"] if own["name"] == found["name"] else f"{own['name']}: {own['note']}")]
+        lines += [("  method", json.dumps(own["method"])), ("  settings", about.settings(own))]
+    lines += [("merges", "yes" if found["mergeable"] else "no"), ("peft type", found["peft"] or "-")]
+    lines += [("presets", ", ".join(there))] if (there := about.related(found["name"])) else []
+    if model:
+        counted = f"{found['parameters']:,} parameters; " if "parameters" in found else ""
+        lines += [(f"on {model}", f"{counted}{spelled(found)}")]
+    for left, right in lines:
+        table.add_row(left, escape(right))
+    return table
+
+
 @main.command()
 def methods(
+    name: Annotated[str | None, typer.Argument(help="A method or preset: everything about it on one page.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Count sites and parameters on this model, and say what its family refuses.")
     ] = None,
     json_: Json = False,
 ) -> None:
     """List methods and presets: paper, kind, whether they merge, peft type, sites or defaults, and whose those are."""
+    if name is not None:
+        one(name, model)
+        return
     records = listing(surveyed(model))
     if machine():
         emit(records)
@@ -95,13 +113,24 @@ def methods(
     table = Table(box=None, pad_edge=False, header_style="bold")
     what = ["parameters", "sites"] if model else ["defaults"]
     for column in ("name", "paper", "kind", "merge", "peft", *what, "source"):
-        wraps = column in ("defaults", "sites", "source")
+        wraps, right = column in ("defaults", "sites", "source"), column == "parameters"
+        width = 20 if wraps else None
         table.add_column(
-            column, overflow="fold", no_wrap=not wraps, justify="right" if column == "parameters" else "left"
+            column, overflow="fold", no_wrap=not wraps, justify="right" if right else "left", min_width=width
         )
     for record in records:
         table.add_row(*cells(record, model is not None))
     screen().print(table)
+
+
+def one(name: str, model: str | None) -> None:
+    """A method or preset: its page, or its record with the recipe's."""
+    found = about.record(name)
+    found |= surveyed(model, name).get(name, {})
+    if machine():
+        emit({**found, "paper_recipe": about.recipe(found), "presets": about.related(name)})
+    else:
+        screen().print(page(found, model))
 
 
 @main.command()

@@ -108,6 +108,10 @@ class Delta(nn.Module):
         """(args, kwargs) and what `layer` (a whole block, say) made of them -> the output that leaves it."""
         return output
 
+    def visible(self, rows: int) -> Tensor | None:
+        """Which of `rows` sequences see the positions that `attend` put in front, [rows]; None: all of them."""
+        return None
+
     def shift(self) -> int:
         """How many positions the real tokens move back because of this delta (a prefix's length)."""
         return 0
@@ -194,6 +198,9 @@ class Wrapped(Delta):
     def site(self, site: Site) -> None:
         self.inner.site = site
 
+    def look(self, layer: nn.Module, given: tuple[tuple, Mapping[str, Any]], pick: Callable[[Tensor], Tensor]) -> None:
+        self.inner.look(layer, given, pick)
+
     def shift(self) -> int:
         return self.inner.shift()
 
@@ -238,5 +245,7 @@ def within(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def overrides(delta: Delta, name: str) -> bool:
     """Whether the delta's class has its own `name`, so that a slot only pays for the hooks it needs."""
     if isinstance(delta, Wrapped) and name in ("before", "after", "attend"):
+        return overrides(delta.inner, name)
+    if isinstance(delta, Wrapped) and name == "look" and type(delta).look is Wrapped.look:
         return overrides(delta.inner, name)
     return getattr(type(delta), name) is not getattr(Delta, name)

@@ -11,9 +11,9 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import nn
 
+from ..marks import ConfigError, Problem, read_file
 from .delta import Refusal
 from .site import block_of
 
@@ -32,15 +32,30 @@ class Entry:
     peft: str | None  # the peft type its saved form follows, None where peft lacks it
     lr: float  # a learning rate to start from
     identity: bool  # the adapted model equals the base before training
-    source: str  # where the default settings come from: "paper, section 4.2", "our sweep"; "" where it is not said
+    source: str  # where the default settings come from: "r: paper, table 9; lr: swept: docs/evidence/methods.md"
     tiny: Mapping[str, Mapping[str, Any]]  # forms that tiny models can carry, by name ("": the method's own): for tests
+    lr_range: tuple[float, float] = (
+        0.0,
+        math.inf,
+    )  # lowest and highest learning rate that works; outside it: a warning
+    recipe: str = ""  # the preset with the paper's own settings
 
 
+def read_preset(file: Path) -> dict[str, Any]:
+    """One preset; ConfigError with file and line for a key that presets do not have."""
+    preset, lines = read_file(file)
+    said = "unknown; a preset has " + ", ".join(PARTS)
+    problems = [Problem((k,), f"{said}.{nearest(k, PARTS)}", lines[k,]) for k in preset if k not in PARTS]
+    if problems or not preset.get("method"):
+        raise ConfigError(problems or [Problem(("method",), "must be given", str(file))])
+    return preset
+
+
+HOME = Path(__file__).parents[1]
+# method: what it stands for; model, objective, train: settings of a run that names it; lr_range: as in Entry
+PARTS = ("note", "paper", "lr_range", "method", "model", "objective", "train")
 METHODS: dict[str, Entry] = {}
-PRESETS: dict[str, dict[str, Any]] = {
-    file.stem: yaml.safe_load(file.read_text(encoding="utf-8"))
-    for file in sorted((Path(__file__).parents[1] / "presets").glob("*.yaml"))
-}
+DEFAULTS: dict[str, dict[str, Any]] = read_file(HOME / "methods" / "defaults.yaml")[0]
 
 
 def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type], type]:
@@ -54,10 +69,12 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
         "identity": True,
         "source": "",
         "tiny": {"": {}},
+        **DEFAULTS.get(name, {}),
     }
 
     def register(cls: type) -> type:
-        METHODS[name] = Entry(name, cls, paper, kind, **{**known, **facts})
+        low, high = {**known, **facts}.get("lr_range", (0.0, math.inf))
+        METHODS[name] = Entry(name, cls, paper, kind, **{**known, **facts, "lr_range": (float(low), float(high))})
         cls.method_name = name  # type: ignore[attr-defined]
         return cls
 
@@ -67,6 +84,9 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
 def nearest(word: str, choices: Sequence[str]) -> str:
     found = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f" Did you mean {found[0]!r}?" if found else ""
+
+
+PRESETS: dict[str, dict[str, Any]] = {f.stem: read_preset(f) for f in sorted((HOME / "presets").glob("*.yaml"))}
 
 
 def whole(what: str, value: Any, least: int = 1) -> None:
@@ -140,17 +160,57 @@ def identity(method: Any) -> bool:
     return bool(getattr(method, "identity", METHODS[method.method_name].identity))
 
 
+def lr_range(name: str) -> tuple[float, float]:
+    """Lowest and highest learning rate that works for a method or preset: its own, else what suits every part."""
+    if name in METHODS:
+        return METHODS[name].lr_range
+    preset = PRESETS.get(name, {"lr_range": (0.0, math.inf)})
+    if "lr_range" in preset:
+        return (float(preset["lr_range"][0]), float(preset["lr_range"][1]))
+    ranges = [METHODS[part.method_name].lr_range for part in build(name)]
+    return max(low for low, _ in ranges), min(high for _, high in ranges)
+
+
+def default_lr(name: str) -> float:
+    """The learning rate that a run starts from: a preset's own, else the least of its methods'."""
+    if name in METHODS:
+        return METHODS[name].lr
+    own = PRESETS[name].get("train", {}).get("lr")
+    return float(own or min(METHODS[part.method_name].lr for part in build(name)))
+
+
+def sane_lr(name: str, lr: float) -> str | None:
+    """A warning when `lr` lies outside what works for a method or preset (any case; unknown ones: None)."""
+    name = name.lower()
+    low, high = lr_range(name)
+    if low <= lr <= high:
+        return None
+    effect = "it will hardly move" if lr < low else "it is likely to diverge"
+    good = f"{name} is trained with {low:g} to {high:g}; {default_lr(name):g} is a good start."
+    return f"lr={lr:g} with {name}: {effect}. {good}"
+
+
+def rated(presets: Sequence[str], methods: Sequence[str]) -> list[str]:
+    """Whose ranges a run's learning rate is held against: the presets that have one of their own, else the methods."""
+    own = [name for name in presets if "lr_range" in PRESETS.get(name, {})]
+    covered = {part.method_name for name in own for part in build(name)}
+    return [*own, *(name for name in methods if name not in covered)]
+
+
 def index() -> dict[str, Any]:
     """What `deltatune methods --json` and the CLI's help know without importing torch."""
     return {
         "methods": {name: describe(entry) for name, entry in METHODS.items()},
-        "presets": {name: {"kind": "preset", **preset} for name, preset in PRESETS.items()},
+        "presets": {
+            name: {"kind": "preset", **preset, "lr": default_lr(name), "lr_range": list(lr_range(name))}
+            for name, preset in PRESETS.items()
+        },
     }
 
 
 def describe(entry: Entry) -> dict[str, Any]:
-    facts = {k: getattr(entry, k) for k in ("paper", "kind", "mergeable", "peft", "lr", "identity", "source")}
-    return {**facts, **form(entry.cls)}
+    facts = {k: getattr(entry, k) for k in ("paper", "kind", "mergeable", "peft", "lr", "identity", "source", "recipe")}
+    return {**facts, "lr_range": list(entry.lr_range), **form(entry.cls)}
 
 
 def form(cls: type) -> dict[str, Any]:

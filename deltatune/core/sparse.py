@@ -54,10 +54,12 @@ def unthinned(name: str) -> str:
 
 def thin_as(module: Any, tensors: Mapping[str, Tensor]) -> None:
     """Thin every parameter of `module` whose positions are among `tensors`. ValueError for positions it cannot have."""
+    own = {unthinned(name) for name, _ in module.named_parameters()}
     for key, index in tensors.items():
-        if not (found := INDEX.fullmatch(key)):
+        found = INDEX.fullmatch(key)
+        path = ".".join(part for part in found.groups() if part) if found else ""
+        if not found or path not in own:  # a whole block's delta is shown those of the layers in it too
             continue
-        path = ".".join(part for part in found.groups() if part)
         size = module.get_submodule(found[1] or "")
         most = getattr(size, found[2]).numel()
         steps = index.long().diff()

@@ -23,7 +23,7 @@ TINY = {
 }
 
 
-@method("adapter", paper="1902.00751", kind="adapter", lr=1e-3, tiny=TINY)
+@method("adapter", paper="1902.00751", kind="adapter", tiny=TINY)
 @dataclass(frozen=True)
 class Adapter:
     """Two small layers with a non-linearity after (sequential) or beside (parallel) attention and feed-forward.

@@ -16,7 +16,7 @@ from ..core.registry import flag, method
 from ..core.site import Site, is_linear, is_norm, trunk, widths
 
 
-@method("bitfit", paper="2106.10199", kind="selective", mergeable=True, lr=1e-3)
+@method("bitfit", paper="2106.10199", kind="selective", mergeable=True)
 @dataclass(frozen=True)
 class BitFit:
     """The biases of the model's body, or those that `targets` name: the paper's terms, roles, layer names or regexes.

@@ -16,7 +16,7 @@ from ..core.registry import finite, flag, method
 from ..core.site import Site, linear_at, widths
 
 
-@method("diffprune", paper="2012.07463", kind="selective", mergeable=True, lr=1e-4, tiny={"": {"alpha": 0.5}})
+@method("diffprune", paper="2012.07463", kind="selective", mergeable=True, tiny={"": {"alpha": 0.5}})
 @dataclass(frozen=True)
 class DiffPrune:
     """A sparse change of weights and biases: gates are learned, then only the largest changes stay and train on.

@@ -19,7 +19,7 @@ from .low_rank import LowRank
 FORMS: dict[str, dict[str, Any]] = {"": {"r": 4}, "dora-pissa": {"r": 4, "init": "pissa", "scaling": "rslora"}}
 
 
-@method("dora", paper="2402.09353", kind="linear", peft="LORA", mergeable=True, lr=1e-3, tiny=FORMS)
+@method("dora", paper="2402.09353", kind="linear", peft="LORA", mergeable=True, tiny=FORMS)
 @dataclass(frozen=True)
 class DoRA(LoRA):
     """LoRA on the direction of each weight row, and a learned magnitude. Parameters: r (d_in + d_out) + d_out a layer.

@@ -14,7 +14,7 @@ from ..core.registry import method, nearest, whole
 from ..core.site import Site, block_of, head_modules, layers
 
 
-@method("freeze", paper="1801.06146", kind="selective", mergeable=True, lr=1e-4, tiny={"": {"last": 1}})
+@method("freeze", paper="1801.06146", kind="selective", mergeable=True, tiny={"": {"last": 1}})
 @dataclass(frozen=True)
 class Freeze:
     """Train the last n blocks (`last`), the first n (`first`), or the parameters `names` match; freeze the rest."""
@@ -49,7 +49,7 @@ class Freeze:
                 raise ValueError(f"Freeze pattern {pattern!r} matches no whole parameter name.{near}")
 
 
-@method("full", paper="1810.04805", kind="selective", mergeable=True, lr=2e-5)
+@method("full", paper="1810.04805", kind="selective", mergeable=True)
 @dataclass(frozen=True)
 class Full:
     """Full fine-tuning: every parameter, in place. The baseline that every comparison includes."""
@@ -58,7 +58,7 @@ class Full:
         yield from pick(model, lambda name, layer: True)
 
 
-@method("head", paper="1810.04805", kind="selective", mergeable=True, lr=1e-3)
+@method("head", paper="1810.04805", kind="selective", mergeable=True)
 @dataclass(frozen=True)
 class Head:
     """The task head alone (linear probing), or beside another method in a list: [LoRA(), Head()]."""

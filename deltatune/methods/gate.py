@@ -22,7 +22,7 @@ SMALL = [{"lora": {"r": 2}}, {"prefix": {"length": 3}}, {"adapter": {"bottleneck
 PER = ("sequence", "token")
 
 
-@method("gate", paper="2110.07577", kind="adapter", lr=1e-3, identity=False, tiny={"": {"of": SMALL, "pool": 3}})
+@method("gate", paper="2110.07577", kind="adapter", identity=False, tiny={"": {"of": SMALL, "pool": 3}})
 @dataclass(frozen=True)
 class Gate:
     """A learned gate on each layer's change by each of the methods `of`, read from what the change is made from.

@@ -13,7 +13,7 @@ from ..core.registry import method
 from ..core.site import Site, linear_at, widths
 
 
-@method("ia3", paper="2205.05638", kind="rescale", peft="IA3", mergeable=True, lr=3e-3)
+@method("ia3", paper="2205.05638", kind="rescale", peft="IA3", mergeable=True)
 @dataclass(frozen=True)
 class IA3:
     """Learned rescaling of keys, values and feed-forward activations, all ones at the start."""

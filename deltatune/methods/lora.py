@@ -24,7 +24,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@method("lora", paper="2106.09685", kind="linear", peft="LORA", mergeable=True, lr=1e-3, tiny=FORMS)
+@method("lora", paper="2106.09685", kind="linear", peft="LORA", mergeable=True, tiny=FORMS)
 @dataclass(frozen=True)
 class LoRA:
     """A low-rank update beside each target layer. Parameters: r (d_in + d_out) per layer.

@@ -26,7 +26,6 @@ REPARAMS = ("none", "mlp")
     paper="2101.00190",
     kind="attention",
     peft="PREFIX_TUNING",
-    lr=1e-2,
     identity=False,
     tiny={"": {"length": 3}, "prefix-mlp": {"length": 3, "reparam": "mlp", "hidden": 16}},
 )

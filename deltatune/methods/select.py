@@ -23,7 +23,6 @@ BY = ("fisher", "grad", "magnitude")
     paper="2111.09839",
     kind="selective",
     mergeable=True,
-    lr=1e-3,
     tiny={"": {"density": 0.1, "by": "magnitude", "targets": ("q", "down")}},
 )
 @dataclass(frozen=True)

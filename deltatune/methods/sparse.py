@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core.delta import Delta, Given, Refusal
+from ..core.delta import Delta, Given, Refusal, blank
 from ..core.registry import choice, finite, method, whole
 from ..core.registry import identity as same
 from ..core.scores import SCORES, Seen
@@ -28,7 +28,7 @@ TINY = {
 }
 
 
-@method("sparse", paper="2210.04284", kind="adapter", lr=1e-3, tiny=TINY)
+@method("sparse", paper="2210.04284", kind="adapter", tiny=TINY)
 @dataclass(frozen=True)
 class Sparse:
     """Any methods with their matrices pruned before training: only the `density` share of values trains and is stored.
@@ -70,7 +70,7 @@ class Sparse:
                 found=", ".join(dict.fromkeys(type(m).__name__ for m in self.of)),
                 instead="Adapter, LoRA, Prefix or Prompt, also inside Gate and SpotTune; Select for the base's weights",
             )
-        if self.by in DATA_FREE:
+        if self.by in DATA_FREE and not blank():
             self.prune(parts, None)
         for delta, _ in parts:
             delta.ready = self.by in DATA_FREE

@@ -14,7 +14,7 @@ from ..core.registry import method, whole
 from ..core.site import Site, embeddings, name_of, output_layer, scaled, widths
 
 
-@method("tokens", paper="", kind="embedding", mergeable=True, lr=1e-3, tiny={"": {"ids": [5, 7]}})
+@method("tokens", paper="", kind="embedding", mergeable=True, tiny={"": {"ids": [5, 7]}})
 @dataclass(frozen=True)
 class NewTokens:
     """Train the rows of `ids`. Grow the model first: `add_tokens(model, tokenizer, ["<term>"])` returns their ids.

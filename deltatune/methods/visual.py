@@ -22,7 +22,6 @@ SEES = ("vit", "deit", "dinov2", "clip", "clip_vision_model")
     "visual_prompt",
     paper="2203.12119",
     kind="embedding",
-    lr=1e-2,
     identity=False,
     tiny={"": {"length": 3}, "visual-deep": {"length": 2, "deep": True}},
 )

@@ -18,20 +18,6 @@ from ..core.sparse import unthinned
 # a parameter's own name, not its layer's: an adapter at LayerNorm and a LoRA of gate_proj are decayed
 NO_DECAY = re.compile(r"\w*bias|ia3_\w+|scale|gate|group|lora_magnitude_vector")
 
-# method: (lowest and highest learning rate that has been seen to work, the paper's or our own default)
-LEARNING_RATES: dict[str, tuple[float, float, float]] = {
-    "lora": (1e-4, 5e-3, 3e-4),
-    "dora": (1e-4, 5e-3, 3e-4),
-    "adalora": (1e-4, 1e-2, 1e-3),
-    "ia3": (1e-3, 3e-2, 3e-3),
-    "bitfit": (1e-4, 1e-2, 1e-3),
-    "prefix": (1e-3, 1e-1, 1e-2),
-    "prompt": (1e-2, 5e-1, 3e-1),
-    "adapter": (1e-4, 1e-3, 3e-4),
-    "freeze": (1e-6, 1e-4, 2e-5),
-    "full": (1e-6, 1e-4, 2e-5),
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
@@ -96,17 +82,6 @@ def factor(optim: Optim, step: int, steps: int) -> float:
         return (step + 1) / warmup
     u = min((step - warmup) / max(steps - warmup, 1), 1.0)
     return optim.floor + (1.0 - optim.floor) * SCHEDULES[optim.schedule](u, warmup, step, optim.power)
-
-
-def sane_lr(method: str, lr: float) -> str | None:
-    """A warning when `lr` lies outside what works for `method` (any case; unknown methods: None)."""
-    low, high, default = LEARNING_RATES.get(method.lower(), (0.0, math.inf, lr))
-    if low <= lr <= high:
-        return None
-    effect = "it will hardly move" if lr < low else "it is likely to diverge"
-    return (
-        f"lr={lr:g} with {method}: {effect}. {method} is trained with {low:g} to {high:g}; {default:g} is a good start."
-    )
 
 
 def _adamw(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:

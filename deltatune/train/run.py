@@ -17,7 +17,7 @@ from .. import quickstart as demo
 from ..config import Config, Data, Eval, Train, dump, load, resolve
 from ..core.attach import activate, fold, known
 from ..core.attach import prepare as prepare_adapter
-from ..core.registry import spec
+from ..core.registry import rated, sane_lr, spec
 from ..core.store import save, state
 from ..core.vocabulary import words
 from ..data.problems import nearest
@@ -34,7 +34,6 @@ from .identity import demand_same, rows_will_change
 from .job import Job, from_model, in_training, prepare
 from .lasting import lasting
 from .loop import Loop, Settings, Step
-from .optim import sane_lr
 from .progress import peak_bytes, progress, show
 from .resume import form as resume_form
 from .streaming import BadStream
@@ -251,7 +250,8 @@ def before_training(job: Job) -> list[verify.Check]:
     seen = said or f"{predicted['total'] / 2**30:.2f} GiB predicted, {memory.free() / 2**30:.2f} GiB free"
     checks.append(verify.Check("memory", None if said else True, seen, warns=said is not None))
     rate, fixed = float(job.config.train.lr or 0), job.config.train.optimizer != "adafactor-relative"
-    rates = [said for name, _ in job.config.parts if fixed and (said := sane_lr(name, rate))]
+    names = rated(job.config.presets, [name for name, _ in job.config.parts])
+    rates = [said for name in names if fixed and (said := sane_lr(name, rate))]
     seen = "; ".join(rates) or (f"{rate:g}" if fixed else "found by adafactor-relative itself")
     return [*checks, verify.Check("learning rate", None if rates else True, seen, warns=bool(rates))]
 
@@ -297,7 +297,8 @@ def closing(job: Job, folder: Path, opened: Opened, loop: Loop, clock: Clock) ->
     """Save the adapter, check it, measure again, write the reports."""
     with clock.phase("save"):
         fold(job.model, job.adapter)
-        save(job.model, job.adapter, folder / "adapter", base=job.config.model.name, record=record_of(job))
+        known(job.model).records[job.adapter] = record_of(job)
+        save(job.model, job.adapter, folder / "adapter", base=job.config.model.name)
         checks = [*opened.checks, *after_training(job, folder / "adapter", opened)]
     with clock.phase("after"):
         result = evidence.after(job, opened.first)
