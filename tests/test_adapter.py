@@ -171,6 +171,35 @@ def test_norms_train_beside_the_adapters():
     assert not [k for k in names if k.startswith("cls")]
 
 
+def test_the_down_projection_starts_uniform_within_one_over_the_root_of_its_inputs():
+    """Kaiming's uniform with a = sqrt 5, torch's own start of a linear layer: gain^2 = 2 / (1 + 5), bound gain sqrt(3 /
+    d)."""
+    for delta in deltas(attach(tiny("bert"), Adapter(64))):
+        assert 0.98 * 32**-0.5 < delta.down.weight.abs().max() <= 32**-0.5
+        assert delta.down.weight.std().item() == pytest.approx((32 * 3) ** -0.5, rel=0.05)
+
+
+ABOVE = {  # the norms that train when the lowest block of each stack is left out, layers of two blocks
+    "bert": {"bert.encoder.layer.1.attention.output.LayerNorm", "bert.encoder.layer.1.output.LayerNorm"},
+    "llama": {"model.layers.1.input_layernorm", "model.layers.1.post_attention_layernorm", "model.norm"},
+    "bart": {f"model.{s}.layers.1.{n}" for s, n in [
+        ("encoder", "self_attn_layer_norm"), ("encoder", "final_layer_norm"), ("decoder", "self_attn_layer_norm"),
+        ("decoder", "encoder_attn_layer_norm"), ("decoder", "final_layer_norm"),
+    ]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ABOVE)
+def test_skip_leaves_the_norms_of_lower_blocks_alone_so_that_no_gradient_goes_there(family):
+    model = attach(tiny(family), Adapter(4, norms=True, skip=1))
+    assert {d.site.write for d in deltas(model) if d.inplace} == ABOVE[family]
+    lowest = next(m for n, m in model.named_modules() if block_of(f"{n}.") == n)
+    seen = []
+    lowest.register_forward_hook(lambda m, a, y: seen.append(y[0] if isinstance(y, tuple) else y))
+    model(**inputs(model))
+    assert not seen[0].requires_grad
+
+
 @pytest.mark.parametrize("family", ["llama", "t5", "bart", "bert"])
 def test_skip_leaves_out_the_lowest_blocks_of_each_stack(family):
     model = attach(tiny(family), Adapter(4, skip=1))
@@ -180,6 +209,10 @@ def test_skip_leaves_out_the_lowest_blocks_of_each_stack(family):
         attach(tiny(family), Adapter(4, skip=2))
 
 
+def test_one_place_needs_no_tuple():
+    assert Adapter(where="ffn") == Adapter(where=("ffn",)) == build({"adapter": {"where": "ffn"}})[0]
+
+
 MISTAKES = [
     ({"bottleneck": 8, "reduction": 2}, "Adapter bottleneck 8 and reduction 2: give one"),
     ({"reduction": 0}, "Adapter reduction must be a whole number >= 1, got 0"),
@@ -187,6 +220,9 @@ MISTAKES = [
     ({"init_std": 0}, "Adapter init_std must be a finite number > 0, got 0"),
     ({"scale": "lerned"}, r"Adapter scale \(or 'learned'\) must be a finite number, got 'lerned'"),
     ({"skip": -1}, "Adapter skip must be a whole number >= 0, got -1"),
+    ({"where": "fnn"}, "Adapter where 'fnn': choose from attention, ffn, block. Did you mean 'ffn'"),
+    ({"norms": "no"}, "Adapter norms must be true or false, got 'no'"),
+    ({"norms": 1}, "Adapter norms must be true or false, got 1"),
     ({"where": ("fnn",)}, "Adapter where 'fnn': choose from attention, ffn, block. Did you mean 'ffn'"),
     ({"where": ("block",), "form": "parallel"}, "a block's output has nothing beside it"),
 ]

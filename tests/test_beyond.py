@@ -15,6 +15,7 @@ from deltatune.core.attach import rows
 from deltatune.core.delta import Refusal
 from deltatune.core.fingerprint import fingerprint
 from deltatune.core.slot import deltas
+from deltatune.methods.visual import bound
 from models import BEYOND_TEXT, inputs, tiny
 from test_methods import fill
 
@@ -114,6 +115,18 @@ def test_visual_prompts_are_the_papers_function_and_gradient(deep):
     theirs.square().sum().backward()
     for own, other in zip(tokens, copies, strict=True):
         torch.testing.assert_close(own.grad, other.grad, rtol=0, atol=1e-9)
+
+
+def test_visual_prompts_start_within_the_papers_bound():
+    """U(-v, v), v = sqrt(6 / (channels patch^2 + d)): 1/16 at ViT-base, whose patches are 16 x 16 in 3 channels."""
+    with torch.device("meta"):
+        model = hf.ViTForImageClassification(hf.ViTConfig())
+    assert bound(model) == 0.0625
+    tokens = deltas(attach(tiny("vit"), VisualPrompt(200)))[0].tokens
+    config = tiny("vit").config
+    most = (6 / (config.num_channels * config.patch_size**2 + 32)) ** 0.5
+    assert 0.99 * most < tokens.abs().max() <= most
+    assert tokens.mean().abs() < 0.05 * most
 
 
 @pytest.mark.parametrize(("length", "deep", "count"), [(10, False, 7_680), (10, True, 92_160), (50, True, 460_800)])

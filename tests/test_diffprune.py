@@ -121,6 +121,33 @@ def test_pruning_keeps_the_largest_changes_of_all_layers_together():
     assert [len(p.sparse()) for p in parts] == [2, 0]
 
 
+def test_pruning_fixes_z_times_w_and_the_mask_holds_while_training_goes_on():
+    part = Part((4,), 0.4, True)
+    part.w.data = torch.tensor([1.0, -2.0, 0.5, 0.1])
+    z = float(gates(torch.tensor(0.4).double().numpy(), 0)) ** 2  # the gate's and the group's, both half open
+    assert z < 0.1
+    keep_largest([part], 0.5)
+    assert part.w.tolist() == pytest.approx([z, -2 * z, 0, 0])
+    optimizer = torch.optim.SGD([part.w], lr=1.0, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        part().sum().backward()
+        assert part.w.grad.tolist() == [1, 1, 0, 0]
+        optimizer.step()
+    part.w.data += 1.0  # weight decay, noise, whatever moves w: the change stays masked
+    assert part()[2:].tolist() == [0, 0]
+    assert part()[:2].all()
+
+
+@pytest.mark.parametrize(("prune_at", "steps", "at"), [(0.5, 10, 5), (0.6, 10, 6), (0.01, 10, 1), (7, 10, 7)])
+def test_the_share_of_the_run_after_which_it_prunes(prune_at, steps, at):
+    (delta,) = deltas(attach(tiny("bert"), DiffPrune(targets=(LAYER,), prune_at=prune_at)))
+    delta.begin(steps)
+    for step in range(1, steps):
+        delta.after_step(step)
+        assert delta.pruned == (step >= at)
+
+
 def pruned_model(family: str = "bert", density: float = 0.05):
     model = attach(tiny(family), DiffPrune(density=density, prune_at=2))
     for i, p in enumerate(parameters(model, "default").values()):
@@ -196,6 +223,7 @@ MISTAKES = [
     ({"l0": -1e-7}, "l0 must be >= 0, got -1e-07"),
     ({"l0": float("inf")}, "l0 must be a finite number, got inf"),
     ({"alpha_ratio": 0}, "alpha_ratio must be a finite number > 0, got 0"),
+    ({"structured": "no"}, "structured must be true or false, got 'no'"),
     ({"alpha": float("nan")}, "alpha must be .* got nan"),
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 
 from conformance import logits
 from deltatune import IA3, Adapter, BitFit, LoRA, Prefix, Prompt, attach
@@ -47,6 +48,37 @@ def test_a_gate_multiplies_the_change(per):
     ):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
         assert mine.abs().max() > 1e-6
+
+
+def test_an_adapters_gate_reads_what_the_adapter_reads():
+    """Section 3.2 of the paper: G_A is estimated from the adapter's direct input, which has the width of a token."""
+    model = stirred("bert", Adapter(4, where=("ffn",), init="normal", init_std=0.3))
+    layer, x = model.get_submodule(LAYER), x_of(48)
+    (delta,) = (d for d in deltas(model) if hasattr(d, "gate") and d.site.write == LAYER)
+    assert delta.gate.weight.shape == (1, 32)
+    h = x @ layer.weight.T + layer.bias
+    g = torch.sigmoid(delta.gate(h)).mean(1, keepdim=True)
+    expected = h + g * delta.inner.up(torch.nn.functional.gelu(delta.inner.down(h)))
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-10)
+    assert (delta.inner.up.weight.abs().max() > 0.1) and g.std() > 1e-3
+
+
+def test_other_changes_are_gated_by_the_layers_input():
+    widths = {"lora": (LoRA(2, targets=(LAYER,)), 48), "parallel": (Adapter(4, where=("ffn",), form="parallel"), 32),
+              "block": (Adapter(4, where=("block",)), 32), "ia3": (IA3(outputs=(LAYER,), inputs=()), 48)}  # fmt: skip
+    for method, width in widths.values():
+        model = attach(tiny("bert"), Gate(of=(method,)))
+        assert {d.gate.in_features for d in deltas(model) if hasattr(d, "gate")} == {width}
+        logits(model, inputs(model))
+
+
+def test_unipelt_on_bert_base_has_the_gates_of_the_paper():
+    """Per layer: LoRA at query and value, the prefix and the adapter, each with a gate over 768 inputs and a bias."""
+    with torch.device("meta"):
+        found = [d for _, d in build("unipelt")[0].deltas(hf.AutoModel.from_config(hf.BertConfig()))]
+    gates = [d.gate for d in found if hasattr(d, "gate")]
+    assert len(gates) == 12 * 4
+    assert {tuple(g.weight.shape) for g in gates} == {(1, 768)}
 
 
 def test_a_gated_input_change():

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from deltatune.core.attach import attach, trainable
+from deltatune.methods import build
 from deltatune.train.optim import Optim, Optimizer, factor
+from models import tiny
 
 SCHEDULES = [
     # settings, the factor at steps 0..7 of 8
@@ -82,6 +85,27 @@ def test_relative_adafactor_finds_its_own_step() -> None:
     p.grad = torch.tensor([0.5, -2.0, 1e-3, 4.0])
     optimizer.step(1.0)
     assert p.tolist() == pytest.approx([2 - 0.02, 2 + 0.02, 2 - 0.02, 2 - 0.02], abs=1e-5)
+
+
+DECAYED = [  # model, method, {key's own ending: whether its matrices are decayed}
+    ("bert", [{"adapter": {"reduction": 4, "where": ["block"]}}], {"down.weight": True, "up.weight": True}),
+    ("llama", "lora", {"lora_A": True, "lora_B": True}),
+    ("llama", [{"gate": {"of": [{"lora": {"r": 2}}]}}], {"gate.weight": True, "lora_A": True, "lora_B": True}),
+    ("llama", [{"sparse": {"of": [{"lora": {"r": 4}}], "by": "random"}}], {"original": True}),
+    ("bert", "diffprune", {"weight.w": True, "weight.gate": False}),
+    ("bert", "full", {"dense.weight": True, "word_embeddings.weight": True}),
+]
+
+
+@pytest.mark.parametrize(("family", "method", "expected"), DECAYED, ids=[str(m) for _, m, _ in DECAYED])
+def test_a_matrix_is_decayed_by_its_own_name_whatever_its_layer_is_called(family: str, method: Any, expected) -> None:
+    tuned = trainable(attach(tiny(family), build(method)))
+    optimizer = Optimizer(tuned, Optim(weight_decay=0.5))
+    decayed = {id(p) for group in optimizer.inner.param_groups if group["weight_decay"] for p in group["params"]}
+    assert not any(id(p) in decayed for p in tuned.values() if p.ndim < 2)
+    for ending, wanted in expected.items():
+        found = {key: id(p) in decayed for key, p in tuned.items() if p.ndim > 1 and key.endswith(ending)}
+        assert set(found.values()) == {wanted}, found
 
 
 def test_no_decay_on_vectors_biases_and_norms() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
@@ -109,3 +110,20 @@ def test_a_survey_needs_no_weights_and_says_what_the_defaults_leave_open(monkeyp
     assert found["norm-tuning"]["sites"] == {"input_layernorm": 2, "post_attention_layernorm": 2, "model.norm": 1}
     assert str(found["asks"]) == "say which words"
     assert "without the weights" in str(found["reads"])
+
+
+WORDS = [("spottune", "sample"), ("bitfit", "create"), ("diffprune", "structured"), ("adapter", "norms"),
+         ("prefix", "offset_positions"), ("visual_prompt", "deep")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "field"), WORDS)
+def test_a_word_is_no_truth_value(name, field):
+    for value in ("no", 1, None):
+        with pytest.raises(ValueError, match=f"{field} must be true or false, got {value!r}"):
+            build({name: {field: value}})
+    assert getattr(build({name: {field: True}})[0], field) is True
+
+
+def test_every_switch_of_every_method_is_in_that_table():
+    found = {(n, f.name) for n, e in METHODS.items() for f in dataclasses.fields(e.cls) if f.type == "bool"}
+    assert found == set(WORDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -145,6 +146,49 @@ def test_every_score_prunes_to_the_density(by, rounds):
             kept = getattr(layer.parametrizations.weight, "0").index.long()
             assert int((layer.weight != 0).sum()) == len(kept)
             assert layer.weight.flatten()[kept].all()
+
+
+def test_rounds_prune_step_by_step_and_what_went_stays_gone(monkeypatch):
+    """density^(n / rounds): 0.63, 0.40, 0.25 of all values, each a part of the one before."""
+    kept = []
+
+    def spied(scores, density, who):
+        kept.append((density, keep(scores, density, who)))
+        return kept[-1][1]
+
+    monkeypatch.setattr("deltatune.methods.sparse.keep", spied)
+    prepared(Sparse((SMALL,), density=0.25, by="snip", rounds=3))
+    assert [d for d, _ in kept] == pytest.approx([0.629961, 0.396850, 0.25], abs=1e-6)
+    for (_, earlier), (_, later) in itertools.pairwise(kept):
+        assert all(set(b.tolist()) <= set(a.tolist()) for a, b in zip(earlier, later, strict=True))
+
+
+class Counted:
+    """Losses of `count` batches, and how many were asked for."""
+
+    def __init__(self, model, count: int = 6):
+        self.model, self.count, self.drawn = model, count, 0
+
+    def __call__(self):
+        for seed in range(self.count):
+            self.drawn += 1
+            yield self.model(**inputs(self.model, seed=seed)).loss
+
+
+@pytest.mark.parametrize(("by", "times"), [("snip", 1), ("grasp", 3)])
+def test_batches_says_how_many_are_looked_at(by, times):
+    model = attach(tiny("llama"), Sparse((SMALL,), 0.25, by, batches=4))
+    losses = Counted(model)
+    prepare(model, "default", Given(losses))
+    assert losses.drawn == 4 * times
+
+
+@pytest.mark.parametrize("by", ["fisher", "grad"])
+def test_selection_looks_at_rows_one_by_one_and_at_no_more_than_asked(by):
+    model = attach(tiny("llama"), Select(0.05, by, ("q",), rows=3))
+    batches, rows_ = Counted(model), Counted(model)
+    prepare(model, "default", Given(batches, by_row=rows_))
+    assert (batches.drawn, rows_.drawn) == (0, 3)
 
 
 def test_what_is_kept_keeps_its_value_and_scores_highest():

@@ -171,6 +171,24 @@ def test_gumbel_softmax_draws_in_training_and_not_in_evaluation():
     assert share == pytest.approx([0.731, 0.269], abs=0.025)
 
 
+def test_decisions_are_drawn_in_evaluation_too_where_that_is_asked_for():
+    model = stirred("llama", SpotTune(of=(LoRA(r=2),), hidden=5, sample=True)).eval()
+    policy, x = policy_of(model), torch.zeros(4000, 32, dtype=torch.float64)
+    with torch.no_grad():
+        policy.up.bias.copy_(torch.tensor([0.0, 1.0, 0.0, -1.0]))
+        policy.down.bias.zero_()
+    torch.manual_seed(0)
+    policy.decide(x)
+    assert policy.now.hard.double().mean(0).tolist() == pytest.approx([0.731, 0.269], abs=0.025)
+
+
+def test_a_policy_starts_in_favour_of_tuning_and_learns_at_its_own_rate():
+    policy = policy_of(attach(tiny("llama"), SpotTune(policy_ratio=0.25)))
+    assert policy.up.bias.tolist() == [0.0, 1.0, 0.0, 1.0]
+    assert policy.rates == dict.fromkeys(("down.weight", "down.bias", "up.weight", "up.bias"), 0.25)
+    assert set(policy_of(attach(tiny("llama"), SpotTune())).rates.values()) == {0.1}
+
+
 def test_a_sequence_is_decided_once_and_kept_while_it_is_generated():
     model = stirred("llama", SpotTune(of=(LoRA(r=2),), hidden=5)).float()
     policy, seen = policy_of(model), []
@@ -325,6 +343,7 @@ def load_into(model, folder):
 MISTAKES = [
     ({"level": "layer"}, "SpotTune level 'layer': choose from block, delta"),
     ({"temperature": 0}, "SpotTune temperature must be a finite number > 0, got 0"),
+    ({"sample": "no"}, "SpotTune sample must be true or false, got 'no'"),
     ({"hidden": 0}, "SpotTune hidden must be a whole number >= 1, got 0"),
     ({"pool": 0}, "SpotTune pool must be a whole number >= 1, got 0"),
     ({"policy_ratio": float("nan")}, "policy_ratio must be .* got nan"),

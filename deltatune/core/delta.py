@@ -77,7 +77,7 @@ class Delta(nn.Module):
     rates: Mapping[str, float] = MappingProxyType({})  # own parameter -> multiple of the run's learning rate
     ready = True  # False: `prepare` must see training rows first
     alone = ""  # why a batch's rows cannot hear this delta or not, one by one; "" where they can
-    width = 0  # of `source`, where the layer's input is not what it reads
+    width = 0  # of `reads`, where the layer's input is not what it reads
     unpruned = ""  # why its matrices cannot be pruned before training; "" where they can
     tied = False  # True: merging into a weight that other layers share is what is meant
     site: Site  # where attach put this delta
@@ -92,7 +92,7 @@ class Delta(nn.Module):
         """x [*, d_in] as read at `site.read`, y [*, d_out] -> the y that leaves `site.write`."""
         return y
 
-    def source(self, x: Tensor, y: Tensor) -> Tensor:
+    def reads(self, x: Tensor, y: Tensor) -> Tensor:
         """Of x and y as `after` gets them, the one that the change is made from: what a gate reads."""
         return x
 

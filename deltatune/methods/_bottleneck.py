@@ -49,11 +49,11 @@ class Bottleneck(Delta):
         """h [*, d_in] -> what is added to y [*, d_out], in y's dtype."""
         return (self.scale * self.up(self.act(self.down(h.to(self.down.weight.dtype))))).to(y.dtype)
 
-    def source(self, x: Tensor, y: Tensor) -> Tensor:
+    def reads(self, x: Tensor, y: Tensor) -> Tensor:
         return x if self.site.is_span else y
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.change(self.source(x, y), y)
+        return y + self.change(self.reads(x, y), y)
 
 
 class BeforeNorm(Bottleneck):

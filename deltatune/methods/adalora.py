@@ -65,5 +65,6 @@ class AdaLoRA:
         budget = Budget(self.r, (self.tinit, self.tfinal, self.delta_t))
         for site in linear_at(model, self.targets, "AdaLoRA"):
             made = Triplets(*sized(model, site, self.init_r, "AdaLoRA init_r"), self, budget)
+            made.unpruned = "AdaLoRA moves its ranks as it trains"
             budget.members.append(made)
             yield site, made

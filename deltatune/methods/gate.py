@@ -79,7 +79,7 @@ class Gated(Wrapped):
         return x + self.share(x) * (self.inner.before(layer, x) - x)
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.share(self.inner.source(x, y)) * (self.inner.after(layer, x, y) - y)
+        return y + self.share(self.inner.reads(x, y)) * (self.inner.after(layer, x, y) - y)
 
 
 class Front(Gated):

@@ -17,7 +17,6 @@ class Triplets(Delta):
     """lora_B = P [d_out, r] and lora_A = Q [r, d_in] start small and random, lora_E = lambda [r, 1] zero."""
 
     kept: Tensor
-    unpruned = "AdaLoRA moves its ranks as it trains"
     rank = property(lambda self: self.lora_A.shape[0])
 
     def __init__(self, d_in: int, d_out: int, settings: Any, budget: Budget):
