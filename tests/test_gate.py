@@ -60,7 +60,8 @@ def test_an_adapters_gate_reads_what_the_adapter_reads():
     g = torch.sigmoid(delta.gate(h)).mean(1, keepdim=True)
     expected = h + g * delta.inner.up(torch.nn.functional.gelu(delta.inner.down(h)))
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-10)
-    assert (delta.inner.up.weight.abs().max() > 0.1) and g.std() > 1e-3
+    assert delta.inner.up.weight.abs().max() > 0.1
+    assert g.std() > 1e-3
 
 
 def test_other_changes_are_gated_by_the_layers_input():

@@ -35,7 +35,7 @@ RUNS = {
     "spottune of pissa": {"spottune": {"of": ["pissa"]}},
     "spottune of select": {"spottune": {"of": [{"select": {"density": 0.05, "rows": 4}}]}},
     "spottune of a gate": {"spottune": {"of": [{"gate": {"of": [{"lora": {"r": 2}}]}}]}},
-    "spottune of houlsby": {"spottune": {"of": [ADAPTER]}},
+    "spottune of an adapter": {"spottune": {"of": [ADAPTER]}},
     "sparse pissa": {"sparse": {"of": ["pissa"], "by": "magnitude", "density": 0.5}},
 }
 
