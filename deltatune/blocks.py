@@ -39,6 +39,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "qa": {
         "fields": {
             "longest": {"type": "int", "default": 30},
+            "doc_stride": {"type": "int", "default": 128},
             "unanswerable": {"type": "bool", "default": False},
         }
     },

@@ -34,6 +34,15 @@ def listed(value: Any) -> Any:
     return [str(value)] if isinstance(value, (str, Path)) else value
 
 
+def sets(value: Any) -> Any:
+    """As `listed`; {task: references} as `task=reference` each."""
+    if not isinstance(value, Mapping):
+        return listed(value)
+    if wrong := next((name for name in value if not re.fullmatch(r"[A-Za-z][\w-]*", str(name))), None):
+        raise ValueError(f"{wrong!r} is no name for a task: letters, digits, - and _")
+    return [f"{name}={ref}" for name, refs in value.items() for ref in listed(refs) or ()]
+
+
 def named(value: Any) -> Any:
     """References as name -> references; a name left out is the file's."""
     if isinstance(value, Mapping) or value is None:
@@ -79,6 +88,7 @@ Amount = Annotated[float, BeforeValidator(number), Field(ge=0)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)]
 Numbers = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(dtype)]
 Refs = Annotated[tuple[str, ...], BeforeValidator(listed)]
+Named = Annotated[tuple[str, ...], BeforeValidator(sets)]
 
 
 class Section(BaseModel):
@@ -112,10 +122,11 @@ class Mix(Section):
 class Data(Section):
     """Where the rows come from."""
 
-    train: Refs = ()
-    """Training rows: files, folders, - (standard input), hub ids, pypi: references."""
-    eval: Refs = ()
-    """Held-out rows, measured before and after."""
+    train: Named = ()
+    """Training rows: files, folders, - (standard input), hub ids, pypi: references. {task: reference} (or
+    task=reference) names what each belongs to: a soft prompt then has vectors of its own for each task."""
+    eval: Named = ()
+    """Held-out rows, measured before and after; by task as in train."""
     ood: Annotated[dict[str, Refs], BeforeValidator(named)] = Field(default_factory=dict)
     """Further sets by name, measured beside eval."""
     format: Annotated[str, AfterValidator(known_format)] = "auto"
@@ -277,7 +288,7 @@ def checked(draft: Draft) -> list[Problem]:
         problems += blocks.objective_problems(draft.data["objective"], ("objective",))
     problems += blocks.preset_problems(listed(draft.data.get("presets")), ("presets",))
     data = draft.data.get("data")
-    if data is None or (isinstance(data, Mapping) and data.get("train") in (None, "", [], ())):
+    if data is None or (isinstance(data, Mapping) and data.get("train") in (None, "", [], (), {})):
         problems.append(Problem(("data", "train"), "must be given (--data FILE)"))
     return problems
 
@@ -462,6 +473,7 @@ def schema(index: Mapping[str, Any] | None = None) -> dict[str, Any]:
         shorten(tree["$defs"][section.title()]["properties"], key)
     for key in ("eval", "train"):
         shorten(tree["$defs"]["Data"]["properties"], key)
+        tree["$defs"]["Data"]["properties"][key]["anyOf"].append({"type": "object"})
     return tree
 
 

@@ -166,7 +166,7 @@ def count_ptuning(cell: Any, fields: dict[str, Any]) -> int:
     """Inputs, then 2 x 2 LSTM directions of d/2 units and two linear layers, or three linear layers."""
     linear = 32 * 32 + 32
     lstm = 4 * (4 * 16 * (32 + 16) + 2 * 4 * 16) + 2 * linear
-    inputs = 32 * fields["length"] * fields.get("count", 1)
+    inputs = 32 * fields["length"] * fields.get("count", 1) * len(fields.get("tasks", "1"))
     return inputs + (3 * linear if fields.get("encoder") == "mlp" else lstm)
 
 
@@ -182,7 +182,7 @@ COUNTS: dict[str, Callable[[Any, dict], int]] = {
     "spottune": count_spottune,
     "gate": count_gate,
     "prefix": count_prefix,
-    "prompt": lambda c, f: 32 * f["length"] * f.get("count", 1),
+    "prompt": lambda c, f: 32 * f["length"] * f.get("count", 1) * len(f.get("tasks", "1")),
     "ptuning": count_ptuning,
     "visual_prompt": lambda c, f: 32 * f["length"] * (2 if f.get("deep") else 1),
     "tokens": lambda c, f: 32 * len(f["ids"]) * (1 if beyond(c) or c.original.config.tie_word_embeddings else 2),

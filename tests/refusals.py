@@ -10,10 +10,11 @@ NO_BIASES = "the family's layers have no biases to train"
 REFUSED: dict[tuple[str, str], str] = {
     ("bitfit", family): NO_BIASES for family in ("llama", "qwen", "mistral", "gemma", "phi3", "modernbert", "t5")
 }
-SOFT = ("prompt", "prompts", "ptuning", "ptuning-mlp")
+SOFT = ("prompt", "prompts", "prompt-tasks", "ptuning", "ptuning-mlp")
 REFUSED |= {(variant, family): "its input is no tokens" for variant in SOFT for family in ("vit", "whisper")}
 REFUSED |= {("tokens", "vit"): "its input is no tokens"}
 REFUSED |= {("spottune", "clip"): "one policy, two inputs", ("spottune-full", "clip"): "one policy, two inputs"}
+REFUSED |= {("spottune-prefix", "clip"): "one policy, two inputs"}
 REFUSED |= {
     (variant, family): "it reads no images"
     for variant in ("visual_prompt", "visual-deep")
@@ -32,8 +33,10 @@ UNMERGEABLE = {
     "visual-deep": "tokens beside the patches have no equivalent weight",
     "prompt": "virtual ids have no row in the embedding",
     "spottune": "which change a sequence gets depends on the sequence",
+    "spottune-prefix": "which change a sequence gets depends on the sequence",
     "spottune-full": "which change a sequence gets depends on the sequence",
     "gate": "its gates depend on the sequence",
+    "prompt-tasks": "virtual ids have no row in the embedding",
     "prompts": "virtual ids have no row in the embedding",
     "ptuning": "virtual ids have no row in the embedding",
     "ptuning-mlp": "virtual ids have no row in the embedding",
@@ -61,6 +64,7 @@ NO_PEFT_FORM: dict[tuple[str, str], str] = {
 # unions that have no peft form although each of their parts has one
 NEVER_PEFT = {
     "prefix-mlp": "only the folded prefix has a peft form",
+    "prompt-tasks": "peft trains one prompt at a time",
     "prompts": "peft trains one prompt at a time",
     "lora+ia3": "a peft folder holds one method",
     "mam": "a peft folder holds one method",

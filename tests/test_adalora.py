@@ -61,15 +61,26 @@ def test_it_starts_small_and_random_with_lambda_zero():
         assert abs(factor.std().item() / 0.02 - 1) < 0.05
 
 
-def test_the_penalty_is_the_mean_distance_from_orthogonal():
-    model = attach(tiny("llama"), AdaLoRA(3, 2, gamma=0.5, targets=("q", "v")))
+@pytest.mark.parametrize(("penalty", "power", "share"), [("squares", 2, 1), ("distances", 1, 8)])
+def test_the_penalty_is_the_papers_or_the_mean_distance_of_its_program(penalty, power, share):
+    """Equation 4 summed over 4 layers: gamma sum_k |P^T P - I|^2 + |Q Q^T - I|^2; value and gradient."""
+    model = attach(tiny("llama"), AdaLoRA(3, 2, gamma=0.5, targets=("q", "v"), penalty=penalty))
     stir(model, "default", 0)
-    gaps = []
-    for d in deltas(model):
-        for m in (d.lora_A, d.lora_B.T):
-            gaps.append((m.double() @ m.double().T - torch.eye(3)).norm())
+    model.double()
+    found = [(p, m) for d in deltas(model) for p, m in ((d.lora_A, d.lora_A), (d.lora_B, d.lora_B.T))]
+    gaps = [(m.detach() @ m.detach().T - torch.eye(3)) for _, m in found]
+    assert len(gaps) == 8
     total = sum(d.penalty() for d in deltas(model))
-    assert total.item() == pytest.approx(0.5 * sum(gaps).item() / 8, rel=1e-6)
+    assert total.item() == pytest.approx(0.5 / share * sum(g.norm() ** power for g in gaps).item(), rel=1e-9)
+    total.backward()
+    for (p, m), gap in zip(found, gaps, strict=True):  # d|G|^2/dM = 4 G M
+        hand = 0.5 * 4 * gap @ m.detach() / (1 if power == 2 else 16 * gap.norm())
+        torch.testing.assert_close(p.grad if p is m else p.grad.T, hand, rtol=0, atol=1e-10)
+
+
+def test_an_unknown_penalty_is_an_error():
+    with pytest.raises(ValueError, match=r"AdaLoRA penalty 'square': choose from squares, distances.*'squares'"):
+        AdaLoRA(penalty="square")
 
 
 #  tinit 2 of 12 steps, tfinal 3: cubic from step 3 to 9, from 40 to 20 triplets
@@ -170,7 +181,8 @@ def test_twenty_steps_are_pefts_masks_and_losses(tinit, tfinal, every):
     how = {"init_r": 6, "target_r": 3, "lora_alpha": 32, "tinit": tinit, "tfinal": tfinal, "deltaT": every}
     config = peft.AdaLoraConfig(total_step=20, orth_reg_weight=0.1, target_modules=QV, task_type="CAUSAL_LM", **how)
     theirs = peft.get_peft_model(copy.deepcopy(base), config)
-    model = attach(base, AdaLoRA(6, 3, 32, targets=tuple(QV), tinit=tinit, tfinal=tfinal, delta_t=every))
+    ours = AdaLoRA(6, 3, 32, targets=tuple(QV), tinit=tinit, tfinal=tfinal, delta_t=every, penalty="distances")
+    model = attach(base, ours)  # peft's penalty is the mean of the distances, not the paper's sum of squares
     layers = dict(theirs.base_model.model.named_modules())
     with torch.no_grad():
         for d in deltas(model):

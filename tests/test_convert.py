@@ -11,6 +11,7 @@ import torch
 
 from deltatune import IA3, Adapter, BitFit, Full, Head, LoRA, Prefix, activate, attach, load, merge
 from deltatune.core.attach import attached, each, known, parameters
+from deltatune.core.change import Low, changes
 from deltatune.core.convert import export_lora, extract, kl, to_lora
 from deltatune.core.delta import Refusal
 from models import inputs, tiny
@@ -101,6 +102,24 @@ def test_a_loras_own_factors_are_kept_to_the_bit():
     ours, theirs = parameters(model, "a"), parameters(model, "a_lora")
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert [d.scale for _, d in each(model, "a")] == [d.scale for _, d in each(model, "a_lora")]
+
+
+@pytest.mark.parametrize(("init", "r", "rank"), [("pissa", 4, 8), ("olora", 4, 8), ("pissa", 12, 16)])
+def test_a_start_out_of_the_base_is_factors_of_twice_the_rank(init, r, rank):
+    """B A - B0 A0, exactly; where 2 r is above the layer's own rank (v: 32 -> 16), that of the whole change."""
+    model = shaken(tiny("llama"), LoRA(r=r, init=init, targets=("v",)), "a", 1)
+    path = "model.layers.0.self_attn.v_proj"
+    layer = model.get_submodule(path)
+    (delta,) = layer.delta_slot.of("a")
+    change = changes(model, "a")[path, "weight"]
+    assert isinstance(change, Low) == (2 * r <= 16)
+    fit = to_lora(model, "a", **({"r": 16} if 2 * r > 16 else {}))
+    assert fit.ranks[path] == rank
+    a, b, start = delta.lora_A.double(), delta.lora_B.double(), delta.start_B.double() @ delta.start_A.double()
+    wanted = delta.scale * (b @ a - start)
+    whole = changes(model, "a_lora")[path, "weight"].full()
+    torch.testing.assert_close(whole, wanted, rtol=0, atol=1e-6)
+    assert wanted.norm() > 0.1
 
 
 def test_ia3_at_full_energy_is_itself_and_at_less_says_how_far_off():

@@ -159,3 +159,20 @@ def test_tags_and_answers_are_learned(made, tmp_path, name, metric):
     run(config, out=tmp_path / "run")
     result = json.loads((tmp_path / "run/eval.json").read_text())
     assert result["after"][metric] > 0.95 > result["before"][metric]
+
+
+def test_answers_in_long_contexts_are_learned_through_windows(made, tmp_path):
+    """Contexts of up to 6 words in windows of 4, which the answer's word and the one before it fit: one prediction a
+    row, and an evaluation of the adapter alone says the same."""
+    goal = {"qa": {"doc_stride": 1}}
+    settings = {"steps": 60, "batch_rows": 16, "batch_tokens": None, "lr": 1e-2, "schedule": "constant"}
+    path = str(made / "qa.jsonl")
+    job = t.config(made / "bert", path, path, objective=goal, method="full", train={**settings, "max_length": 9})
+    run(job, out=tmp_path / "run")
+    result = json.loads((tmp_path / "run/eval.json").read_text())
+    assert result["rows"] == 16
+    assert result["after"]["squad_f1"] > 0.95 > result["before"]["squad_f1"]
+    model, tokenizer, record = open_adapted(str(made / "bert"), tmp_path / "run" / "adapter")
+    assert record["objective"]["qa"]["doc_stride"] == 1
+    found = evaluate_file(model, tokenizer, record, path, job.eval)
+    assert found["squad_f1"] == result["after"]["squad_f1"]

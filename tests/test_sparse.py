@@ -324,6 +324,35 @@ def test_selected_weights_train_as_if_in_place():
     assert torch.equal(merge(model).model.layers[0].self_attn.q_proj.weight != layer.weight, changed != layer.weight)
 
 
+def test_a_run_over_selected_weights_is_the_one_over_the_bases_own_entries():
+    """Ten AdamW steps on D, and on W itself with all other gradients masked: the same weights, in float64. What
+    differs is weight decay, which draws D to zero and so W + D to the base, not W to zero."""
+    model, plain = prepared(Select(0.1, targets=("q",)), double=True), tiny("llama").double()
+    path = "model.layers.0.self_attn.q_proj"
+    (delta,) = model.get_submodule(path).delta_slot.of("default")
+    index, weight = getattr(delta.parametrizations.weight, "0").index.long(), plain.get_submodule(path).weight
+    kept = index.clone()
+    mask = torch.zeros(weight.numel(), dtype=torch.bool).index_fill(0, index, True).view_as(weight)
+    plain.requires_grad_(False)
+    weight.requires_grad_(True)
+    ours = torch.optim.AdamW([delta.parametrizations.weight.original], lr=1e-2, weight_decay=0.0)
+    theirs = torch.optim.AdamW([weight], lr=1e-2, weight_decay=0.0)
+    for seed in range(10):
+        for one, optimizer in ((model, ours), (plain, theirs)):
+            optimizer.zero_grad()
+            one(**inputs(one, seed=seed)).loss.backward()
+            if one is plain:
+                weight.grad.mul_(mask)
+            optimizer.step()
+    tuned = merge(model).get_submodule(path).weight
+    assert (tuned - model.get_submodule(path).weight).abs().max() > 0.05
+    torch.testing.assert_close(tuned, weight, rtol=0, atol=1e-9)
+    assert torch.equal(getattr(delta.parametrizations.weight, "0").index.long(), kept)
+    assert torch.equal((tuned != model.get_submodule(path).weight), mask)  # no entry left out, none beside
+    stored = delta.stored(model.get_submodule(path))
+    assert sum(t.numel() for t in stored.values()) == 2 * len(index)  # a value and a position each
+
+
 def test_selected_beside_an_adapter_switches_merges_and_mixes():
     base = tiny("llama")
     plain, kept = logits(base, inputs(base)), copy.deepcopy(base.state_dict())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conformance import logits
-from deltatune import BitFit, LoRA, Prefix, attach, detach, load, rows, save
+from deltatune import BitFit, Freeze, LoRA, Prefix, activate, attach, detach, disabled, load, rows, save
 from deltatune.core.attach import packing, parameters
 from deltatune.core.attention import packed, positions
 from deltatune.core.delta import Refusal
@@ -42,6 +42,7 @@ def decide(model, hard: list[list[bool]]):
     soft = torch.full((len(hard), len(hard[0])), 0.5, dtype=torch.float64, requires_grad=True)
 
     def fixed(x):
+        policy.now.chosen = torch.tensor(hard)
         policy.now.hard, policy.now.soft = torch.tensor(hard), soft if torch.is_grad_enabled() else None
 
     policy.decide = fixed
@@ -61,6 +62,7 @@ def reference(model, hard):
         for module in block.modules():
             if isinstance(module, Routed):
                 module.heard = lambda y, new: new
+                module.visible = lambda rows: None
         for hooks in (block._forward_hooks, block._forward_pre_hooks):
             hooks.clear()
         frozen = plain.model.layers[i]
@@ -75,7 +77,17 @@ def reference(model, hard):
     return plain, choice
 
 
-@pytest.mark.parametrize("of", [(LoRA(r=2),), ()], ids=["lora", "full"])
+NORMS = Freeze(names=(r".*input_layernorm.*",))
+INSIDE = {
+    "lora": (LoRA(r=2),),
+    "full": (),
+    "prefix": (Prefix(3),),
+    "in place": (NORMS,),
+    "both": (Prefix(2), LoRA(r=2)),
+}
+
+
+@pytest.mark.parametrize("of", INSIDE.values(), ids=list(INSIDE))
 def test_the_blocks_forward_and_policy_gradient_are_the_papers(of):
     model = stirred("llama", SpotTune(of=of, hidden=5))
     given = inputs(model, rows=3)
@@ -217,10 +229,66 @@ def test_shares_are_reported():
     assert said == {"sequences": 3, "share_tuned": {"model.layers.0": 1.0, "model.layers.1": 0.0}}
 
 
-def test_what_cannot_be_routed_is_refused():
-    for method, said in ((Prefix(2), "KeysValues"), (BitFit(), "InPlace"), (METHODS["prompt"].cls(2), "Rows")):
-        with pytest.raises(Refusal, match=said):
-            attach(tiny("bert"), SpotTune(of=(method,)))
+def test_a_sequence_sees_a_prefix_only_in_the_blocks_routed_to_it():
+    """Padded, packed and under rows(): whoever is routed past every prefix gets the base."""
+    model = stirred("llama", SpotTune(of=(Prefix(3),), hidden=5, pool=3))
+    given = {k: v for k, v in inputs(model, rows=3).items() if k != "labels"}
+    with disabled(model):
+        plain = logits(model, given)
+    decide(model, [[False, False], [True, False], [False, False]])
+    routed = logits(model, given)
+    assert ((routed - plain).abs().flatten(1).max(1).values > 1e-3).tolist() == [False, True, False]
+    torch.testing.assert_close(routed[::2], plain[::2], rtol=0, atol=1e-10)
+    decide(model, [[True, False]])
+    with rows(model, [None, "default", None]), torch.no_grad():
+        torch.testing.assert_close(model(**given).logits, routed, rtol=0, atol=1e-10)
+    activate(model, "default")
+    decide(model, [[False, False], [True, False], [False, False]])
+    packing(model)
+    with packed((7, 7, 7)), torch.no_grad():
+        policy_of(model).now.hard = None
+        ids = given["input_ids"].reshape(1, -1)
+        decided = policy_of(model).now
+        fixed = policy_of(model).decide
+
+        def by_token(x):
+            fixed(x)
+            decided.hard = decided.hard.repeat_interleave(7, 0)
+
+        policy_of(model).decide = by_token
+        out = model(input_ids=ids, position_ids=positions(model, (7, 7, 7)), use_cache=False).logits
+    torch.testing.assert_close(out.view_as(routed), routed, rtol=0, atol=1e-10)
+
+
+def test_biases_of_a_block_are_routed_beside_it():
+    """The layer keeps its own bias; routed sequences get the trained one."""
+    model = stirred("bert", SpotTune(of=(BitFit(targets=("query", "intermediate")),), hidden=5))
+    plain = tiny("bert", dtype=torch.float64)
+    assert all(torch.equal(p, model.get_parameter(n)) for n, p in plain.named_parameters())
+    trained = {n: p for n, p in parameters(model, "default").items() if "query" in n or "intermediate" in n}
+    assert sum(p.numel() for p in trained.values()) == 2 * (32 + 48)
+    given = {k: v for k, v in inputs(model, rows=2).items() if k != "labels"}
+    decide(model, [[True, True], [False, False]])
+    routed = logits(model, given)
+    with torch.no_grad():
+        for name, p in trained.items():
+            layer = name.partition(".inner")[0]
+            plain.get_submodule(layer).bias.copy_(p)
+    torch.testing.assert_close(routed[:1], logits(plain, given)[:1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(routed[1:], logits(tiny("bert", dtype=torch.float64), given)[1:], rtol=0, atol=1e-10)
+
+
+REFUSED = [
+    ((BitFit(),), {}, "the change must lie in a block.*InPlace.* at .*embeddings"),
+    ((METHODS["prompt"].cls(2),), {}, "the change must lie in a block.*Rows"),
+    ((Prefix(2),), {"level": "delta"}, "KeysValues.*What works: level .block."),
+]
+
+
+@pytest.mark.parametrize(("of", "more", "said"), REFUSED)
+def test_what_cannot_be_routed_is_refused(of, more, said):
+    with pytest.raises(Refusal, match=said):
+        attach(tiny("bert"), SpotTune(of=of, **more))
 
 
 def test_a_policy_is_not_trained_through_rows_or_a_filled_cache():

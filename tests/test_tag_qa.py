@@ -1,6 +1,8 @@
 """Tagging and question answering: rows as tokens, predictions as tags and texts, their metrics, and malformed rows."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from deltatune.objectives import build, record
 from deltatune.train.run import evaluate_file, open_adapted, run
 from models import tiny
 
+XQUAD = Path(os.environ.get("DELTATUNE_DATA", Path(__file__).parents[2] / "shared" / "data")) / "xquad"
 WORDS = tt.bert_like("was it good very film ann lee in the who")
 LETTERS = tt.byte_level()
 
@@ -98,16 +101,124 @@ ANSWERS = [  # context, answer, encoding, (first, last) token behind [CLS] who w
 @pytest.mark.parametrize(("context", "answer", "encoding", "place"), ANSWERS)
 def test_an_answer_is_a_pair_of_token_positions(context, answer, encoding, place):
     example = question(context, *([answer] if answer else []))
-    found = answered(example, WORDS, encoding)
+    found, *_ = answered(example, WORDS, encoding)
     assert found.target == place
     if answer:
         first, last = (found.reading.spans[int(i)] for i in found.target)
         assert context[first[0] : last[1]] == answer[0]
 
 
-def test_an_answer_that_was_cut_off_is_an_error_with_its_line():
-    with pytest.raises(BadRow, match=r"f:1.*'lee' was cut off.*Raise max_length"):
-        answered(question("it was very very good ann lee", ("lee", 26)), WORDS, Encoding(max_length=8))
+def test_an_answer_longer_than_any_window_is_an_error_with_its_line():
+    with pytest.raises(BadRow, match=r"f:1.*'very very good' is longer than a window.*Raise max_length"):
+        answered(question("it was very very good ann lee", ("very very good", 7)), WORDS, Encoding(max_length=7))
+    with pytest.raises(BadRow, match=r"f:1: question: it leaves no room of 5 tokens"):
+        answered(question("it was ann", ("ann", 7)), WORDS, Encoding(max_length=5))
+
+
+CONTEXT = "it was very very good ann lee the film"
+WINDOWS = [  # max_length, stride, answer -> (words, place of the answer) of each window behind [CLS] who was [SEP]
+    (9, 2, ("ann lee", 22), [("it was very very", (0, 0)), ("very very good ann", (0, 0)), ("good ann lee the", (5, 6)),
+                             ("lee the film", (0, 0))]),
+    (9, 128, ("ann", 22), [("it was very very", (0, 0)), ("good ann lee the", (5, 5)), ("film", (0, 0))]),
+    (9, 2, None, [("it was very very", (0, 0)), ("very very good ann", (0, 0)), ("good ann lee the", (0, 0)),
+                  ("lee the film", (0, 0))]),
+    (14, 2, ("film", 34), [(CONTEXT, (12, 12))]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("most", "stride", "answer", "windows"), WINDOWS)
+def test_a_long_context_is_read_in_windows(most, stride, answer, windows):
+    example = question(CONTEXT, *([answer] if answer else []))
+    found = answered(example, WORDS, Encoding(max_length=most), stride)
+    said = [" ".join(CONTEXT[a:b] for a, b in filter(None, w.reading.spans)) for w in found]
+    assert [(text, w.target) for text, w in zip(said, found, strict=True)] == windows
+    assert all(len(w.ids) <= most and w.where == "f:1" for w in found)
+    front = answered(example, WORDS, Encoding(max_length=most + 2, prompt_ids=(90, 91)), stride)
+    assert [w.ids[3:] for w in front] == [w.ids[1:] for w in found]
+    assert [w.target for w in front] == [tuple(p + 2 if any(t) else 0 for p in t) for t in (w.target for w in found)]
+
+
+def test_each_token_belongs_to_the_window_that_sees_most_around_it():
+    """BERT's run_squad: the shorter side's tokens + 0.01 x the window's; each token in exactly one window."""
+    found = answered(question(CONTEXT), WORDS, Encoding(max_length=9), 2)
+    kept = [[CONTEXT[slice(*s)] for s, f in zip(w.reading.spans, w.reading.fullest, strict=True) if f] for w in found]
+    assert kept == [["it", "was", "very"], ["very", "good"], ["ann", "lee"], ["the", "film"]]
+
+
+def reading(text: str, words: str, at: int = 0) -> Reading:
+    """A window of `words`, which `text` has from character `at` on, behind [CLS]."""
+    spans: list = [None]
+    for word in words.split():
+        at = text.index(word, at)
+        spans.append((at, at + len(word)))
+        at += len(word)
+    return Reading(text, tuple(spans))
+
+
+JOINED = [  # (start, end) logits of two windows, unanswerable -> answer; windows "it was" and "ann lee"
+    (((0, 1, 0), (0, 0, 1)), ((0, 3, 0), (0, 0, 3)), False, "ann lee"),
+    (((0, 9, 0), (0, 0, 9)), ((0, 3, 0), (0, 0, 3)), False, "it was"),
+    (((8, 1, 0), (8, 0, 1)), ((8, 3, 0), (8, 0, 3)), True, ""),  # both windows say: nothing here
+    (((8, 1, 0), (8, 0, 1)), ((0, 3, 0), (0, 0, 3)), True, "ann lee"),  # one does not: the least null score counts
+]
+
+
+@pytest.mark.parametrize(("first", "second", "unanswerable", "answer"), JOINED)
+def test_the_best_span_over_all_windows_answers(first, second, unanswerable, answer):
+    text = "it was ann lee"
+    parts = [(torch.tensor([own], dtype=torch.float32), reading(text, words))
+             for own, words in ((first, "it was"), (second, "ann lee"))]  # fmt: skip
+    assert QA(unanswerable=unanswerable).joined(parts) == answer
+
+
+def test_a_span_begins_where_its_window_sees_most():
+    own = reading("it was ann", "it was ann")
+    scores = torch.tensor([[[0, 5, 0, 1], [0, 0, 0, 5]]], dtype=torch.float32)
+    assert QA().joined([(scores, own)]) == "it was ann"
+    blind = Reading(own.text, own.spans, fullest=(False, False, False, True))
+    assert QA().joined([(scores, blind)]) == "ann"
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_squads_own_document_is_read_and_every_answer_lies_in_a_window(language):
+    """XQuAD as published: 48 articles, 240 paragraphs, 1190 questions, each with the line that it stands on."""
+    path = next((p for p in (XQUAD / f"xquad.{language}.json",) if p.exists()), None)
+    if path is None:
+        pytest.skip("XQuAD is not here")
+    rows, _ = load(path)
+    assert (len(rows), len({r.where for r in rows}), len({r.text_pair for r in rows})) == (1190, 1190, 240)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert all(json.dumps(r.text)[1:-1] in lines[int(r.where.rpartition(":")[2]) - 1] for r in rows[:50])
+    several = 0
+    for row in rows[:120]:
+        found = answered(row, LETTERS, Encoding(max_length=512), 128)
+        several += len(found) > 1
+        held = [w for w in found if w.target != (0.0, 0.0)]
+        assert held
+        for w in held:
+            (a, _), (_, b) = (w.reading.spans[int(i)] for i in w.target)
+            assert row.text_pair[a:b].strip() == row.extra["answers"][0][0].strip()
+    assert several > 60
+
+
+ARTICLE = {"title": "T", "paragraphs": [{"context": "Hi Ann", "qas": [
+    {"id": "1", "question": "Who?", "answers": [{"text": "Ann", "answer_start": 3}]},
+    {"id": "2", "question": 'The "question": why?', "answers": [], "is_impossible": True},
+]}]}  # fmt: skip
+
+
+@pytest.mark.parametrize(("indent", "lines"), [(None, [1, 2, 3, 4]), (1, [11, 22, 35, 46])])
+def test_questions_stand_on_lines_of_their_own_or_are_counted(tmp_path, indent, lines):
+    path = tmp_path / "squad.json"
+    path.write_text(json.dumps({"version": "v2.0", "data": [ARTICLE, ARTICLE]}, indent=indent))
+    rows, _ = load(path)
+    written = path.read_text().splitlines()
+    assert [int(r.where.rpartition(":")[2]) for r in rows] == (lines if indent is None else [
+        n for n, line in enumerate(written, 1) if line.lstrip().startswith('"question"')])  # fmt: skip
+    assert [r.extra["answers"] for r in rows] == [(("Ann", 3),), ()] * 2
+    path.write_text(json.dumps({"data": [{"paragraphs": [{"context": "Hi"}]}]}))
+    with pytest.raises(ValueError, match=r"squad\.json:1: .*paragraphs: a paragraph has no context with its questions"):
+        load(path)
 
 
 SPANS = (None, (0, 2), (3, 6), (7, 10), None)
@@ -123,7 +234,7 @@ BEST = [  # start scores, end scores, settings, answer
 @pytest.mark.parametrize(("start", "end", "settings", "text"), BEST)
 def test_the_best_span_lies_in_the_context(start, end, settings, text):
     scores = torch.tensor([start, end], dtype=torch.float32)
-    assert QA(**settings).best(scores, Reading("it was ann", SPANS)) == text
+    assert QA(**settings).joined([(scores[None], Reading("it was ann", SPANS))]) == text
 
 
 def test_rows_without_answers_make_it_answerable_by_nothing():
@@ -131,8 +242,9 @@ def test_rows_without_answers_make_it_answerable_by_nothing():
     assert QA().fit([some]) == QA()
     assert QA().fit([some, question("it was ann")]) == QA(unanswerable=True)
     assert QA().reference(some) == ("ann",)
-    with pytest.raises(ValueError, match="qa longest must be"):
-        QA(longest=0)
+    for name in ("longest", "doc_stride"):
+        with pytest.raises(ValueError, match=f"qa {name} must be"):
+            QA(**{name: 0})
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------

@@ -91,13 +91,6 @@ def test_template_and_method_must_agree_on_virtual_tokens(tmp_path, method, obje
         prepare(t.config(model, rows, method=method, objective=objective))
 
 
-def test_generated_text_cannot_be_averaged(tmp_path):
-    model, rows = t.chat_model(tmp_path / "m"), t.chat_rows(tmp_path / "rows.jsonl")
-    method = {"prompt": {"length": 2, "count": 2, "combine": "average"}}
-    with pytest.raises(ValueError, match="choose combine: vote"):
-        prepare(t.config(model, rows, method=method))
-
-
 # ---- sft -------------------------------------------------------------------------------------------------------------
 def test_an_sft_template_asks_and_the_completion_is_learned():
     (found,) = SFT(template="<soft:2>{prompt}?<soft>").encode(ROW, LETTERS, Encoding(prompt_ids=FRONT))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -18,6 +19,13 @@ from deltatune.marks import read_value
 from deltatune.terminal import plain
 
 Model = Annotated[str | None, typer.Option("--model", help="Base model; left out: the one the adapter's run names.")]
+SoftPrompt = Annotated[
+    int | None, typer.Option("--soft-prompt", min=0, help="One of several prompts, from 0; left out: all, combined.")
+]
+Task = Annotated[str | None, typer.Option("--task", help="Whose prompts, where the adapter has some for each task.")]
+Combine = Annotated[
+    str | None, typer.Option("--combine", help="vote or average of several prompts; left out: the adapter's.")
+]
 READ = ("format", "columns")
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="An adapter folder, or the run folder that holds it.")]
 
@@ -99,11 +107,12 @@ def prompts_of(ref: str, record: Mapping[str, Any] = MappingProxyType({})) -> li
     """The rows of a data reference as examples; every row that cannot be used is named with its line."""
     from deltatune.data.formats import examples
     from deltatune.data.problems import Problems
+    from deltatune.data.sources import task_of
 
-    problems = Problems()
-    found = list(examples(ref, problems, record.get("format"), record.get("columns", ())))
+    problems, (task, file) = Problems(), task_of(ref)
+    found = list(examples(file, problems, record.get("format"), record.get("columns", ())))
     problems.refuse()
-    return found
+    return [replace(row, extra={**row.extra, "task": task}) for row in found] if task else found
 
 
 def question(example: Any) -> str:
@@ -128,8 +137,11 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as plain text, without chat template.")
+        bool, typer.Option("--raw", help="Continue the prompt as plain text, without any template.")
     ] = False,
+    soft_prompt: SoftPrompt = None,
+    task: Task = None,
+    combine: Combine = None,
     set_: Sets = None,
     json_: Json = False,
 ) -> None:
@@ -143,7 +155,8 @@ def generate(
 
     chat = bool(getattr(tokenizer, "chat_template", None)) and not (raw or record.get("plain"))
     ready = [[{"role": "user", "content": p}] if chat and isinstance(p, str) else p for p in asked]
-    decoding = Decoding(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    how = Decoding(max_new_tokens, temperature, top_p, seed=seed, raw=raw)
+    decoding = replace(how, prompt=soft_prompt, task=task, combine=combine)
     found = answers(loaded, tokenizer, ready, decoding)
     where = [getattr(p, "where", "") for p in asked]
     if machine():

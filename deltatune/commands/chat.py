@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deltatune.commands.adapted import Adapter, Model, opened
+from deltatune.commands.adapted import Adapter, Combine, Model, SoftPrompt, Task, opened
 from deltatune.commands.shell import main, screen
 from deltatune.marks import nearest
 from deltatune.terminal import plain
@@ -189,23 +189,29 @@ COMMANDS: dict[str, Callable[[Chat, str], bool | None]] = {
 
 @dataclass(frozen=True)
 class Voice:
-    """How a model answers: its longest answer, the seed, and whether it was trained on plain prompts."""
+    """How a model answers: its longest answer, the seed, whether prompts are plain, and which soft prompts."""
 
     max_new_tokens: int
     seed: int = 0
     plain: bool = False
+    prompt: int | None = None  # of several soft prompts
+    task: str | None = None
+    combine: str | None = None
 
 
 def speaker(model: Any, tokenizer: Any, voice: Voice) -> Speaker:
     """Answers of a loaded model; without its adapter it is exactly the base."""
     from deltatune.core.attach import attached, disabled
+    from deltatune.evaluate.asking import plain as plain_prompts
     from deltatune.evaluate.generate import Decoding, answers, stream
 
     def speak(messages: Sequence[Message], adapter: bool, temperature: float, show: Show) -> Reply:
         seed = voice.seed + len(messages)
-        decoding = Decoding(max_new_tokens=voice.max_new_tokens, temperature=temperature, seed=seed)
+        decoding = Decoding(voice.max_new_tokens, temperature, seed=seed)
+        if adapter:
+            decoding = replace(decoding, prompt=voice.prompt, task=voice.task, combine=voice.combine)
         prompt: Any = list(messages)
-        if voice.plain and adapter:
+        if adapter and (voice.plain or plain_prompts(model)):
             prompt = messages[-1]["content"]
         elif not getattr(tokenizer, "chat_template", None):
             prompt = "\n".join(message["content"] for message in messages)
@@ -282,12 +288,15 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, max=5.0, help="0 takes the likeliest token.")] = 0.0,
     system: Annotated[str, typer.Option(help="A system message.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    soft_prompt: SoftPrompt = None,
+    task: Task = None,
+    combine: Combine = None,
 ) -> None:
     """Talk to a model; /compare shows base and adapter side by side, /help lists the commands."""
     with quiet():
         loaded, tokenizer, record = opened(model, adapter)
         console, has = screen(), adapter is not None
-        speak = speaker(loaded, tokenizer, Voice(max_new_tokens, seed, bool(record.get("plain"))))
+        speak = speaker(loaded, tokenizer, Voice(max_new_tokens, seed, False, soft_prompt, task, combine))
         talk = Chat(speak, console, opener(loaded, tokenizer), has, has, temperature, system)
         if record.get("plain"):
             talk.tell("trained on plain prompts: your last message goes in as it is, without the chat template")

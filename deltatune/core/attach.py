@@ -226,6 +226,7 @@ def take_out(model: nn.Module, name: str) -> None:
             delattr(layer, SLOT)
     state.active = tuple(n for n in state.active if n != name)
     state.methods.pop(name, None)
+    state.records.pop(name, None)
     state.shifts.pop(name, None)
 
 

@@ -116,11 +116,12 @@ def factors(layer: nn.Module, delta: Delta) -> Low | None:
     if not isinstance(delta, LowRank):
         return None
     base = dense(layer, delta.site.columns)
-    a, b = delta.lora_A.double(), delta.lora_B.double()
+    a, b = (factor.double() for factor in delta.factors())  # of a start of PiSSA: of rank 2r, from the base
     weight = base.weight.double()
     told = delta.merged(Dense(weight, base.bias))
     rest = told.pop("weight").double() - weight - float(delta.scale) * (b @ a)
-    if told or rest.abs().max() > 4 * EPS * (weight.abs().max() + rest.abs().max()):
+    terms = float(delta.scale) * (b.abs() @ a.abs())  # what float32 adds up
+    if told or len(a) > min(weight.shape) or rest.abs().max() > 4 * EPS * (weight.abs() + terms).max():
         return None
     if delta.site.columns:  # a fused projection's part, as rows of the whole
         b = put(b.new_zeros(widths(layer)[1], b.shape[1]), delta.site.columns, b, 0)

@@ -102,6 +102,10 @@ class Delta(nn.Module):
         """(args, kwargs) and what `layer` (a whole block, say) made of them -> the output that leaves it."""
         return output
 
+    def visible(self, rows: int) -> Tensor | None:
+        """Which of `rows` sequences see the positions that `attend` put in front, [rows]; None: all of them."""
+        return None
+
     def shift(self) -> int:
         """How many positions the real tokens move back because of this delta (a prefix's length)."""
         return 0

@@ -148,7 +148,14 @@ def read_adalora(config: Mapping[str, Any], ranks: Mapping[str, int]) -> AdaLoRA
     names |= {"tinit": "tinit", "tfinal": "tfinal", "deltaT": "delta_t"}
     fields = {ours: config[theirs] for theirs, ours in names.items() if config.get(theirs) is not None}
     paths = {**dict.fromkeys(p.removesuffix(".lora_E") for p in pattern(config, "rank_pattern")), **ranks}
-    return AdaLoRA(int(most_r or 0), min(target, int(most_r or 0)), alpha or 0.0, targets=tuple(paths), **fields)
+    return AdaLoRA(
+        int(most_r or 0),
+        min(target, int(most_r or 0)),
+        alpha or 0.0,
+        targets=tuple(paths),
+        penalty="distances",
+        **fields,
+    )
 
 
 def check_rank(r: Any) -> None:

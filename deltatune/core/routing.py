@@ -42,6 +42,7 @@ class Now:
         self.rows = 1  # of the batch, for layers that see tokens without their rows
         self.hard: Tensor | None = None  # [rows or tokens, blocks]: True runs the changed block
         self.soft: Tensor | None = None  # the same as probabilities, with their graph
+        self.chosen: Tensor | None = None  # `hard` by sequence [sequences, blocks]
         self.flipped: int | None = None  # the block whose decision is turned round, for the policy's gradient
 
     def __deepcopy__(self, memo: dict) -> Now:
@@ -177,6 +178,7 @@ class Policy(Delta):
         hard = logits[..., 1] > logits[..., 0]
         if not self.training:
             self.seen, self.tuned = self.seen + len(x), self.tuned + hard.sum(0).double().cpu()
+        self.now.chosen = hard
         self.now.hard, self.now.soft = per_token(hard), per_token(soft) if soft.requires_grad else None
 
     def fold(self) -> None:
@@ -197,11 +199,25 @@ class Routed(Wrapped):
         super().__init__(inner)
         self.now, self.block, self.separate, self.conditional = now, block, separate, True
 
+    def open(self, choice: Tensor | None) -> Tensor:
+        """[n]: the decisions of `choice` [n, blocks] on this block, turned round where that is asked for."""
+        if choice is None:
+            raise RuntimeError("the policy did not run before the blocks: was the embedding skipped (inputs_embeds)?")
+        return choice[:, self.block] ^ (self.now.flipped == self.block)
+
+    def attend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.attend(k, v)
+
+    def visible(self, rows: int) -> Tensor:
+        return spread(self.open(self.now.chosen), torch.empty(rows, 1))[:, 0]
+
+    def shift(self) -> int:
+        """Sequences that do not see a prefix keep their places, so all do."""
+        return 0
+
     def heard(self, plain: Tensor, changed: Tensor) -> Tensor:
         now = self.now
-        if now.hard is None:
-            raise RuntimeError("the policy did not run before the blocks: was the embedding skipped (inputs_embeds)?")
-        open_ = spread(now.hard[:, self.block] ^ (now.flipped == self.block), plain)
+        open_ = spread(self.open(now.hard), plain)
         out = torch.where(open_, changed, plain)
         if self.separate and now.soft is not None:
             soft = spread(now.soft[:, self.block], plain).to(plain.dtype)
@@ -300,3 +316,17 @@ def copies_of_blocks(model: nn.Module) -> Iterator[tuple[Site, Delta]]:
                 instead="SpotTune(of=(LoRA(),))",
             )
         yield Site(name, name), Copied(layer)
+
+
+class Beside(Delta):
+    """What an in-place method would train of a layer, kept beside it: W_hat x + b_hat with the named ones its own."""
+
+    def __init__(self, layer: nn.Module, names: tuple[str, ...]):
+        super().__init__()
+        for name in names:
+            self.register_parameter(name, nn.Parameter(layer.get_parameter(name).detach().clone()))
+
+    def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        twin = copy.copy(layer)  # shares everything with the layer but this one table
+        twin._parameters = {**layer._parameters, **self._parameters}
+        return twin.forward(x).to(y.dtype)

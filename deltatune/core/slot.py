@@ -133,9 +133,12 @@ class Slot(nn.ModuleDict):
     def attend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """key, value [batch, kv_heads, seq, dim] -> grown at the front by p, and visible [batch, p] or None for all."""
         if self.rows is None:
+            seen, before = [], key.shape[2]
             for _, delta in self.attending:
+                length = key.shape[2]
                 key, value = delta.attend(key, value)
-            return key, value, None
+                seen.append((delta.visible(key.shape[0]), key.shape[2] - length))
+            return key, value, fronts(seen, key) if key.shape[2] > before else None
         return self.attend_rows(key, value)
 
     def attend_rows(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,19 +149,33 @@ class Slot(nn.ModuleDict):
         for i in range(key.shape[0]):
             k, v = key[i : i + 1], value[i : i + 1]
             for name, delta in self.attending:
-                if owner.get(i // repeat) == name:
+                if owner.get(i // repeat) == name and self.sees(delta, name, divmod(i, repeat), repeat):
                     k, v = delta.attend(k, v)
             grown.append((k, v))
         most = max(k.shape[2] for k, _ in grown)
-        visible = torch.tensor(
-            [[j >= most - k.shape[2] for j in range(most - length)] for k, _ in grown], device=key.device
-        )
+        seen = [[j >= most - k.shape[2] for j in range(most - length)] for k, _ in grown]
+        visible = torch.tensor(seen, dtype=torch.bool, device=key.device)
         front = [tuple(F.pad(t, (0, 0, most - t.shape[2], 0)) for t in pair) for pair in grown]
         return (
             torch.cat([k for k, _ in front]),
             torch.cat([v for _, v in front]),
             visible.view(key.shape[0], most - length),
         )
+
+    def sees(self, delta: Delta, name: str, place: tuple[int, int], repeat: int) -> bool:
+        """Whether the sequence at `place` (row of the batch, copy of it) sees what `delta` puts in front."""
+        mine = (self.rows or {})[name].tolist()
+        seen = delta.visible(len(mine) * repeat)
+        return seen is None or bool(seen[mine.index(place[0]) * repeat + place[1]])
+
+
+def fronts(seen: list[tuple[Tensor | None, int]], key: Tensor) -> Tensor | None:
+    """[batch, positions in front] of several deltas, of which each stands before the earlier ones; None: all seen."""
+    if all(rows is None for rows, _ in seen):
+        return None
+    every = torch.ones(key.shape[0], dtype=torch.bool, device=key.device)
+    parts = [(every if rows is None else rows.to(key.device))[:, None].expand(-1, n) for rows, n in reversed(seen)]
+    return torch.cat(parts, 1)
 
 
 def by_row(x: Tensor, rows: int) -> Tensor:

@@ -24,6 +24,7 @@ class State:
     grads: dict[str, bool]
     vocab: int | None = None  # the base's own vocabulary, when tokens were added to it
     methods: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    records: dict[str, Any] = field(default_factory=dict)  # adapter -> what its run recorded: objective, template
     shifts: dict[str, int] = field(default_factory=dict)  # adapter -> how far it moves real tokens back
     active: tuple[str, ...] = ()
     rows: tuple[str | None, ...] | None = None

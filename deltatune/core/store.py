@@ -65,12 +65,13 @@ def save(
 ) -> Path:
     """Write adapter `name` to `folder`, whole or not at all. `base`: the reference the base was loaded from.
 
-    Writes adapter_config.json only where peft has the method; `record` (objective, labels, template) is kept in the
-    manifest. ValueError when `folder` holds anything but an older adapter; nothing is touched then.
+    Writes adapter_config.json only where peft has the method. `record` (objective, labels, template) is kept in the
+    manifest; left out, it is what is known of it, from its run or from where it was loaded. ValueError when `folder`
+    holds anything but an older adapter; nothing is touched then.
     """
     folder, own = Path(folder), state(model, name)
     check_place(folder)
-    base = base or public_name(model)
+    base, about = base or public_name(model), dict(known(model).records.get(name, {}) if record is None else record)
     kind = peft_format.writable(model, name)
     config, tensors = peft_format.write(model, name, kind, base) if kind else (None, own)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -81,7 +82,7 @@ def save(
         if config:
             (temporary / CONFIG).write_text(json.dumps(config, indent=2))
         facts = manifest(model, name, own, base) | {"file": file.name, "sha256": digest(file)}
-        (temporary / MANIFEST).write_text(json.dumps(facts | {"record": dict(record or {})}, indent=2, sort_keys=True))
+        (temporary / MANIFEST).write_text(json.dumps(facts | {"record": about}, indent=2, sort_keys=True))
         replace(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -187,6 +188,7 @@ def load(
             raise
     if before:
         known(model).grown = before
+    known(model).records[name] = dict((found or {}).get("record") or {})
     if tokens := (found or {}).get("base", {}).get("tokens"):
         setattr(model, WORDS, words(model) | tokens)
     return name
@@ -344,10 +346,22 @@ def add_tokens(model: Any, tokenizer: Any, tokens: list[str]) -> tuple[int, ...]
     return ids
 
 
-def virtual_ids(model: nn.Module, name: str = "default") -> tuple[int, ...]:
-    """The token ids that stand for adapter `name`'s soft prompt (the first of several): put them in front of, or
-    anywhere in, the input."""
-    return next(iter(prompt_sets(model, name)), ())
+def virtual_ids(model: nn.Module, name: str = "default", task: str | None = None) -> tuple[int, ...]:
+    """The token ids that stand for adapter `name`'s soft prompt (the first of several; that of `task`, where tasks have
+    their own): put them in front of, or anywhere in, the input."""
+    sets, tasks = prompt_sets(model, name), prompt_tasks(model, name)
+    if task is not None and task not in tasks:
+        raise ValueError(f"adapter {name!r} has no prompt for the task {task!r}; tasks: {', '.join(tasks) or 'none'}")
+    at = tasks.index(task) * (len(sets) // len(tasks)) if task is not None else 0
+    return sets[at] if sets else ()
+
+
+def prompt_tasks(model: nn.Module, name: str = "default") -> tuple[str, ...]:
+    """The tasks that each have a share of adapter `name`'s prompts, in their order; () where all rows share them."""
+    found = {m.tasks for m in known(model, name).methods[name] if getattr(m, "tasks", ())}
+    if len(found) > 1:
+        raise ValueError(f"adapter {name!r} unites prompts of unlike tasks {sorted(found)}: give them the same")
+    return next(iter(found), ())
 
 
 def prompt_sets(model: nn.Module, name: str = "default") -> tuple[tuple[int, ...], ...]:

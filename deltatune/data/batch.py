@@ -124,7 +124,10 @@ def pack(rows: Sequence[Encoded]) -> Batch:
     return Batch(inputs, labels, lens, where=tuple(row.where for row in rows))
 
 
-def side_by_side(rows: Sequence[Encoded], sets: Sequence[Sequence[int]]) -> list[Encoded]:
-    """Each row once for every prompt: the ids of the first set replaced by those of the others."""
-    swaps = [dict(zip(sets[0], own, strict=True)) for own in sets] or [{}]
+def side_by_side(rows: Sequence[Encoded], sets: Sequence[Sequence[int]], count: int = 0) -> list[Encoded]:
+    """Each row once for every prompt of its task: `count` sets each (0: all are one task's), of which a row holds the
+    ids of the first."""
+    count = count or len(sets)
+    firsts = range(0, len(sets), max(count, 1))
+    swaps = [{a: b for f in firsts for a, b in zip(sets[f], sets[f + k], strict=True)} for k in range(count)] or [{}]
     return [replace(row, ids=tuple(swap.get(i, i) for i in row.ids)) for row in rows for swap in swaps]

@@ -36,12 +36,13 @@ class Reading:
     """How a row's tokens lie in its text, for answers that are parts of it.
 
     spans: each token's characters in `text`, None outside it.   words: the position of each word's first token, -1
-    where it was cut off.
+    where it was cut off.   fullest: of the windows of a text, the tokens that this one has most context for.
     """
 
     text: str = ""
     spans: tuple[Span | None, ...] = ()
     words: tuple[int, ...] = ()
+    fullest: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Encoding:
     of them, or 'all' tokens.   truncate: 'refuse' long rows, or cut them on the 'right' or the 'left'.
     decoder: the model is an encoder-decoder.   prompt_ids: virtual tokens put in front, never learned as targets.
     prompt_sets: the ids of several prompts (prompt_ids is the first), each of which reads every row; combine: how.
+    tasks: each has as many of prompt_sets as the others, one task after the other, and its rows are read by those.
     """
 
     max_length: int | None = None
@@ -91,6 +93,7 @@ class Encoding:
     prompt_ids: tuple[int, ...] = ()
     prompt_sets: tuple[tuple[int, ...], ...] = ()
     combine: str = "vote"
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field, choices in (("train_on", TRAIN_ON), ("truncate", TRUNCATE)):
@@ -101,6 +104,27 @@ class Encoding:
             raise ValueError(
                 f"max_length {self.max_length} leaves no room beside {len(self.prompt_ids)} virtual tokens"
             )
+
+    @property
+    def several(self) -> int:
+        """How many prompts read every row side by side."""
+        return max(len(self.prompt_sets) // max(len(self.tasks), 1), 1) if self.prompt_ids else 1
+
+    def of(self, task: str | None, where: str = "") -> Encoding:
+        """With the first prompt of `task` in front. BadRow for a task that has none."""
+        if not self.tasks or not self.prompt_ids:
+            return self
+        task = self.tasks[0] if task is None and len(self.tasks) == 1 else task
+        if task not in self.tasks:
+            found = "no task is named" if task is None else f"unknown task {task!r}"
+            fix = "Name the set (sst=FILE), give rows a column task, or choose one (--task)."
+            reason = f"{found}; there are prompts for {', '.join(self.tasks)}"
+            raise BadRow("unknown_task", where, "task", reason, fix + nearest(str(task), list(self.tasks)))
+        return replace(self, prompt_ids=self.prompt_sets[self.tasks.index(task) * self.several])
+
+    def each(self) -> list[Encoding]:
+        """One for each task; itself where there are none."""
+        return [self.of(task) for task in self.tasks] if self.prompt_ids and self.tasks else [self]
 
 
 class Encoder:
@@ -361,7 +385,7 @@ def encoder(tokenizer: Any, options: Encoding | None = None) -> Encoder:
     return _encoder(tokenizer, options or Encoding(), repr(tokenizer.chat_template))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _encoder(tokenizer: Any, options: Encoding, template: str) -> Encoder:
     return Encoder(tokenizer, options)
 

@@ -60,6 +60,11 @@ class Example:
         return "text"
 
     @property
+    def task(self) -> str | None:
+        """The task it belongs to, where one is named."""
+        return None if self.extra.get("task") is None else str(self.extra["task"])
+
+    @property
     def learns(self) -> bool:
         """Whether a supervised objective finds a target here."""
         return any(turn.learned for turn in self.turns) if self.turns else True

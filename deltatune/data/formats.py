@@ -23,7 +23,7 @@ PAIRS = (
 SINGLE = ("text", "sentence", "review", "content")
 LABELS = ("label", "labels")
 TAGS = ("tags", "ner_tags", "labels")
-SIDE = ("id", "idx", "source", "weight", "choices")  # columns that travel along without a note
+SIDE = ("id", "idx", "source", "weight", "choices", "task")  # columns that travel along without a note
 
 
 @dataclass(frozen=True)

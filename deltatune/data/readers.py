@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from .problems import BadRow, Problems, short
+from .squad import is_article, questions
 from .streams import BROKEN, HEAD, ROW_KEYS, broken, decode
 
 MAX_CSV_FIELD = 2**27
@@ -156,7 +157,7 @@ def _rows_start(text: str, place: Place) -> int:
 def _elements(text: str, position: int, place: Place) -> Iterator[Row]:
     decoder = json.JSONDecoder(object_pairs_hook=_pairs)
     in_array = text[position - 1 : position] == "["
-    line, counted = 1, 0
+    line, counted, asked = 1, 0, 0
     while True:
         position = _skip(text, position)
         if position >= len(text) or text[position] == "]":
@@ -172,7 +173,21 @@ def _elements(text: str, position: int, place: Place) -> Iterator[Row]:
         except (json.JSONDecodeError, _Repeated, RecursionError) as error:
             place.problems.reject([_element_fault(error, text, place)])
             return
-        yield from kept(partial(as_row, value, where), place)
+        if is_article(value):
+            for row in _asked(value, text[counted:position], line, place, asked):
+                asked += 1
+                yield row
+        else:
+            yield from kept(partial(as_row, value, where), place)
+
+
+def _asked(article: dict, text: str, line: int, place: Place, before: int) -> Iterator[Row]:
+    """The questions of one article of a SQuAD document."""
+    try:
+        for row, number in questions(article, text, (place.path, line), before):
+            yield Row(row, place.at(number))
+    except BadRow as fault:
+        place.problems.reject([fault])
 
 
 def _skip(text: str, position: int) -> int:

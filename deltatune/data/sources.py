@@ -21,6 +21,14 @@ LEGAL = ("license", "licence", "readme", "notice", "cc-by", "copying", "changelo
 HUB = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:#(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?(?::(?P<split>[\w\[\]%:]+))?"
 )
+TASK = re.compile(r"([A-Za-z][\w-]*)=(.+)", re.DOTALL)
+
+
+def task_of(ref: str) -> tuple[str | None, str]:
+    """'sst=a.jsonl' -> ('sst', 'a.jsonl'), a set that is named as a task; (None, ref) for others. A file may have '='
+    in its own name."""
+    found = TASK.fullmatch(ref)
+    return (found[1], found[2]) if found and not Path(ref).exists() else (None, ref)
 
 
 def read(ref: str | Path, problems: Problems | None = None, columns: Sequence[str] | Mapping = ()) -> Iterator[Row]:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.attach import rows_of
-from ..core.state import STATE, State
-from ..core.store import virtual_ids
+from .asking import asking
 from .cache import prefilled, room, shared
+from .processors import Repetition, Stop, Together, average, choose
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class Decoding:
     batch_tokens: rows x (longest prompt + max_new_tokens) of one batch stays below it (None: what `cache.room` of this
     model says). stop: strings that end an answer and are cut off. prompt_ids: virtual ids put before every prompt of a
     decoder, or of an encoder; None: those of the active adapters' soft prompts.
+    prompt, task, combine: one of several soft prompts by number, those of a task by its name, and how several answer
+    together ("average" of the next token's probabilities, "vote" of whole answers); None: as the adapter says. raw:
+    ignore the template that the adapter was trained with.
     top_k 0 and top_p 1 mean off; repetition_penalty sees real tokens only, never padding or virtual ids.
     """
 
@@ -37,6 +41,10 @@ class Decoding:
     batch_tokens: int | None = None
     stop: tuple[str, ...] = ()
     prompt_ids: tuple[int, ...] | None = None
+    prompt: int | None = None
+    task: str | None = None
+    combine: str | None = None
+    raw: bool = False
 
     def __post_init__(self) -> None:
         wrong = {
@@ -46,6 +54,8 @@ class Decoding:
             "top_k": self.top_k < 0,
             "beams": self.beams < 1 or (self.beams > 1 and self.temperature > 0),
             "repetition_penalty": self.repetition_penalty <= 0,
+            "combine": self.combine not in (None, "average", "vote"),
+            "prompt": self.prompt is not None and (isinstance(self.prompt, bool) or self.prompt < 0),
             "stop": isinstance(self.stop, str) or "" in self.stop,
         }
         for name in (n for n, bad in wrong.items() if bad):
@@ -59,6 +69,8 @@ _LEGAL = {
     "top_k": "0 (off) or more",
     "beams": "at least 1, and more than 1 only at temperature 0",
     "repetition_penalty": "above 0; 1 is off",
+    "combine": "average, vote, or None (as the adapter says)",
+    "prompt": "a number from 0, or None (all of them, combined)",
     "stop": "a tuple of non-empty strings",
 }
 
@@ -89,20 +101,34 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[Any], settings: Decodi
     settings = settings or Decoding()
     can_generate(model)
     seq2seq = bool(model.config.is_encoder_decoder)
-    soft = soft_prompt(model, settings)
-    rows = [_steered(ids_of(tokenizer, prompt, seq2seq), soft) for prompt in prompts]
-    fits(rows, model, settings.max_new_tokens)
-    found: list[list[int]] = [[] for _ in rows]
+    asked = asking(model, settings)
+    units = [asked.rows(tokenizer, prompt, lambda p: ids_of(tokenizer, p, seq2seq), seq2seq) for prompt in prompts]
+    fits([rows[0] for rows in units], model, settings.max_new_tokens)
+    if not asked.together:
+        units = [[row] for rows in units for row in rows]
+    found: list[list[int]] = [[] for _ in units]
     start, budget = time.perf_counter(), settings.batch_tokens or room(model) // settings.beams
+    side = asked.count if asked.together else 1
     with evaluating(model), private_rng(model.device, settings.seed):
-        for group in grouped([len(r) for r in rows], settings.max_new_tokens, budget):
-            with rows_of(model, group, len(rows)):
-                for i, new in zip(group, _batch(model, tokenizer, [rows[i] for i in group], settings), strict=True):
+        for group in grouped([len(rows[0]) for rows in units], settings.max_new_tokens, max(1, budget // side)):
+            with rows_of(model, group, len(units)):
+                made = _batch(model, tokenizer, [row for i in group for row in units[i]], settings, side)
+                for i, new in zip(group, made[::side], strict=True):
                     found[i] = new
     seconds = time.perf_counter() - start
     ends = stop_ids(model, tokenizer) | ({tokenizer.pad_token_id} - {None})  # padding follows a row that ended early
     done = [_finish(tokenizer, new, ends, settings.stop) for new in found]
-    return Answers([d.text for d in done], sum(d.tokens for d in done), seconds, sum(d.cut for d in done))
+    tokens = sum(d.tokens for d in done)
+    if not asked.together:
+        done = elected(done, asked.count)
+    return Answers([d.text for d in done], tokens, seconds, sum(d.cut for d in done))
+
+
+def elected(done: Sequence[_Done], count: int) -> list[_Done]:
+    """Of every `count` answers side by side, the commonest (of equally common ones the first), without its margins."""
+    parts = [done[i : i + count] for i in range(0, len(done), count)]
+    said = [Counter(d.text.strip() for d in part).most_common(1)[0][0] for part in parts]
+    return [next(d for d in part if d.text.strip() == text) for part, text in zip(parts, said, strict=True)]
 
 
 def can_generate(model: Any) -> None:
@@ -144,19 +170,6 @@ def open_ids(tokenizer: Any, text: str, seq2seq: bool = False, special: bool = T
 def _chat(tokenizer: Any, turns: Sequence[Any], tools: Any, seq2seq: bool) -> list[int]:
     text = chat_text(tokenizer, turns, tools)
     return list(tokenizer(text, add_special_tokens=seq2seq)["input_ids"])
-
-
-def soft_prompt(model: Any, settings: Decoding) -> tuple[int, ...]:
-    """The virtual ids every prompt begins with; rows on different adapters carry their own."""
-    state: State | None = getattr(model, STATE, None)
-    if settings.prompt_ids is not None or state is None or state.rows is not None:
-        return settings.prompt_ids or ()
-    return tuple(i for name in state.active for i in virtual_ids(model, name))
-
-
-def _steered(ids: list[int], prompt_ids: tuple[int, ...]) -> list[int]:
-    """Virtual ids in front, once: an encoded row has them already."""
-    return ids if tuple(ids[: len(prompt_ids)]) == prompt_ids else [*prompt_ids, *ids]
 
 
 def _unlabelled(encoded: Any) -> list[int]:
@@ -290,41 +303,6 @@ def padded(rows: Sequence[Sequence[int]], pad: int, left: bool) -> tuple[Tensor,
     return torch.tensor(ids), torch.tensor(mask)
 
 
-class Repetition:
-    """The repetition penalty (Keskar et al. 2019, arXiv:1909.05858) over real tokens: a batch then equals one by one.
-
-    transformers' own also counts the padding of a batch, and with it often the end-of-turn token.
-    """
-
-    def __init__(self, penalty: float, mask: Tensor) -> None:
-        self.penalty, self.mask = penalty, mask
-
-    def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-        """ids [rows, seq], scores [rows, vocab] -> scores."""
-        vocab, width = scores.shape[1], self.mask.shape[1]
-        mask = self.mask.repeat_interleave(ids.shape[0] // self.mask.shape[0], dim=0).bool()
-        real = torch.ones_like(ids, dtype=torch.bool)
-        real[:, :width] = mask
-        seen = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
-        seen.scatter_(1, torch.where(real & (ids < vocab), ids, vocab), True)
-        weaker = torch.where(scores < 0, scores * self.penalty, scores / self.penalty)
-        return torch.where(seen[:, :vocab], weaker, scores)
-
-
-class Stop:
-    """Ends a row once its new text holds one of the stop strings."""
-
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...], prompt: int) -> None:
-        self.tokenizer, self.stop, self.prompt = tokenizer, stop, prompt
-        self.tail = 4 * max(map(len, stop)) + 4  # a character takes at most four byte tokens
-
-    def __call__(self, ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """ids [rows, seq] -> done [rows]."""
-        new = ids[:, self.prompt :][:, -self.tail :]
-        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in new.tolist()]
-        return torch.tensor([any(s in text for s in self.stop) for text in texts], device=ids.device)
-
-
 # What a model's own generation config says about its form, not about taste.
 _STRUCTURE = (
     "bos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
@@ -362,8 +340,10 @@ def _defaults(model: Any, config: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _batch(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: Decoding) -> list[list[int]]:
-    """The new ids of each row of one batch, padding and end tokens included."""
+def _batch(
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: Decoding, side: int = 1
+) -> list[list[int]]:
+    """The new ids of each row of one batch, padding and end tokens included; every `side` rows answer as one."""
     seq2seq = bool(model.config.is_encoder_decoder)
     start = 0 if seq2seq or settings.beams > 1 else shared(model, rows)
     ids, mask = padded([row[start:] for row in rows], padding_id(model, tokenizer), left=not seq2seq)
@@ -371,13 +351,16 @@ def _batch(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: 
     mask = torch.cat([torch.ones_like(front), mask], 1).to(model.device)
     ids = torch.cat([front, ids], 1).to(model.device)
     skip = 1 if seq2seq else ids.shape[1]
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"logits_processor": [], "stopping_criteria": []}
     if settings.repetition_penalty != 1:
-        seen = mask[:, :0] if seq2seq else mask
-        more["logits_processor"] = _list("LogitsProcessorList", Repetition(settings.repetition_penalty, seen))
+        more["logits_processor"].append(Repetition(settings.repetition_penalty, mask[:, :0] if seq2seq else mask))
+    if side > 1:
+        more["logits_processor"].append(Together(side, settings))
     if settings.stop:
-        more["stopping_criteria"] = _list("StoppingCriteriaList", Stop(tokenizer, settings.stop, skip))
-    with _defaults(model, _config(model, tokenizer, settings)), torch.no_grad():
+        more["stopping_criteria"].append(Stop(tokenizer, settings.stop, skip))
+    drawn = settings.temperature > 0 and side > 1  # by Together
+    config = _config(model, tokenizer, replace(settings, temperature=0) if drawn else settings)
+    with _defaults(model, config), torch.no_grad():
         if not seq2seq and model._supports_default_dynamic_cache():
             more["past_key_values"] = prefilled(model, ids[:, :start])
         out = model.generate(input_ids=ids, attention_mask=mask, **more)
@@ -422,14 +405,18 @@ def stream(model: Any, tokenizer: Any, messages: Sequence[Any], settings: Decodi
     can_generate(model)
     if model.config.is_encoder_decoder or settings.beams > 1:
         raise ValueError("stream() makes one token after the other: causal models without beams; use generate()")
-    rows = [_steered(ids_of(tokenizer, messages), soft_prompt(model, settings))]
+    asked = asking(model, settings)
+    rows = asked.rows(tokenizer, messages, lambda prompt: ids_of(tokenizer, prompt))
     fits(rows, model, settings.max_new_tokens)
-    return _pieces(tokenizer, _tokens(model, tokenizer, rows[0], settings), settings.stop)
+    if len(rows) > 1 and not asked.together:  # votes are counted when all have answered
+        return (text for text in generate(model, tokenizer, [messages], settings))
+    return _pieces(tokenizer, _tokens(model, tokenizer, rows, settings), settings.stop)
 
 
-def _tokens(model: Any, tokenizer: Any, prompt: Sequence[int], settings: Decoding) -> Iterator[int]:
-    """New ids one by one with the key-value cache, up to the end token (which is not given)."""
-    ids = torch.tensor([prompt], device=model.device)
+def _tokens(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: Decoding) -> Iterator[int]:
+    """New ids one by one with the key-value cache, up to the end token (which is not given): those of several rows
+    (prompts of one question) together."""
+    ids = torch.tensor(rows, device=model.device)
     generator = torch.Generator(model.device).manual_seed(settings.seed)
     penalty = Repetition(settings.repetition_penalty, torch.ones_like(ids))
     stops, cache = stop_ids(model, tokenizer), None
@@ -439,23 +426,12 @@ def _tokens(model: Any, tokenizer: Any, prompt: Sequence[int], settings: Decodin
             with torch.no_grad():  # not around the yield: the caller's own gradient mode must not change
                 out = model(input_ids=fed, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
-            token = _choose(penalty(ids, out.logits[:, -1].float()), ids, settings, generator)
-            if token in stops:
+            scores = penalty(ids, out.logits[:, -1].float())
+            token = choose(average(scores[None], len(ids)) if len(ids) > 1 else scores, ids[:1], settings, generator)
+            if int(token) in stops:
                 return
-            yield token
-            ids = torch.cat([ids, torch.tensor([[token]], device=ids.device)], dim=1)
-
-
-def _choose(scores: Tensor, ids: Tensor, settings: Decoding, generator: torch.Generator) -> int:
-    """The next id from scores [1, vocab]."""
-    if settings.temperature == 0:
-        return int(scores.argmax())
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    scores = TemperatureLogitsWarper(float(settings.temperature))(ids, scores)
-    scores = TopKLogitsWarper(settings.top_k)(ids, scores) if settings.top_k else scores
-    scores = TopPLogitsWarper(settings.top_p)(ids, scores) if settings.top_p < 1 else scores
-    return int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+            yield int(token)
+            ids = torch.cat([ids, token.expand(len(ids), 1)], dim=1)
 
 
 def _pieces(tokenizer: Any, tokens: Iterator[int], stop: tuple[str, ...]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.attach import takes_packed
-from ..data.batch import Batching, plan, side_by_side
+from ..data.batch import Batching, plan
 from ..data.encode import Encoded
 from ..data.example import Example
 from .generate import Decoding, answers, evaluating, fits
@@ -110,14 +109,9 @@ def predict(job: Job, examples: Sequence[Example]) -> tuple[list[Any], float]:
     """(one prediction per example in order, generated tokens per second)."""
     if job.objective.name != "sft":
         return classify(job, examples), 0.0
-    rows = prompts_of(job, examples)
-    if job.prompts > 1:
-        rows = side_by_side(rows, job.encoding.prompt_sets)
     # the rows hold their virtual ids already
-    found = answers(job.model, job.tokenizer, rows, Decoding(job.config.eval.max_new_tokens, prompt_ids=()))
-    texts = [text.strip() for text in found.texts]
-    voters = [texts[i : i + job.prompts] for i in range(0, len(texts), job.prompts)]
-    return [Counter(said).most_common(1)[0][0] for said in voters], found.tokens_per_second
+    found = answers(job.model, job.tokenizer, prompts_of(job, examples), Decoding(job.config.eval.max_new_tokens))
+    return [text.strip() for text in found.texts], found.tokens_per_second
 
 
 def prompts_of(job: Job, examples: Sequence[Example]) -> list[Encoded]:
@@ -128,15 +122,19 @@ def prompts_of(job: Job, examples: Sequence[Example]) -> list[Encoded]:
 
 
 def classify(job: Job, examples: Sequence[Example]) -> list[Any]:
-    found: list[Any] = [None] * len(examples)
-    rows = [job.objective.encode(e, job.tokenizer, job.encoding)[0] for e in examples]
+    """One prediction an example: of its row, or of all its windows joined."""
+    read = getattr(job.objective, "parts", job.objective.predict)
+    own = [job.encode([e]) for e in examples]
+    rows = [row for windows in own for row in windows]
+    found: list[Any] = [None] * len(rows)
     lengths = [len(r.ids) for r in rows]
     for group in plan(lengths, Batching(tokens=max(BATCH_TOKENS, max(lengths)), group=True)):
-        for i, said in zip(
-            group, job.objective.predict(job.model, job.batch([rows[i] for i in group], False)), strict=True
-        ):
+        for i, said in zip(group, read(job.model, job.batch([rows[i] for i in group], False)), strict=True):
             found[i] = said
-    return found
+    if not hasattr(job.objective, "joined"):
+        return found
+    said = iter(found)
+    return [job.objective.joined([next(said) for _ in windows]) for windows in own]
 
 
 # ---- the untuned model -----------------------------------------------------------------------------------------------

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..core.delta import Delta
+from ..core.registry import nearest, whole
 
 COMBINES = ("vote", "average")
 COMMON = 5000  # sub-word vocabularies put frequent tokens first; the paper samples from as many
+
+
+def check_several(who: str, count: int, combine: str, tasks: Sequence[str]) -> None:
+    """ValueError unless `count` prompts (for each of `tasks`) can be combined so."""
+    whole(f"{who} count", count)
+    if combine not in COMBINES:
+        raise ValueError(f"{who} combine {combine!r}: choose from {', '.join(COMBINES)}.{nearest(combine, COMBINES)}")
+    if isinstance(tasks, str) or any(not isinstance(t, str) or not t for t in tasks) or len(set(tasks)) < len(tasks):
+        raise ValueError(f"{who} tasks must be different names, got {tasks!r}")
 
 
 class Rows(Delta):

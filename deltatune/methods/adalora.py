@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core.delta import Delta
-from ..core.registry import finite, method, whole
+from ..core.registry import finite, method, nearest, whole
 from ..core.site import Site, linear_at
 from .budget import Budget
 from .starts import check_dropout, sized
 from .triplets import Triplets
+
+PENALTIES = ("squares", "distances")
 
 
 @method(
@@ -25,7 +27,9 @@ class AdaLoRA:
 
     `tinit`, `tfinal`, `delta_t`: steps before the budget shrinks, steps after, and between two allocations, each a
     share of the run's steps below 1. `gamma` weighs the penalty that keeps P and Q orthogonal, `beta1` and `beta2`
-    smooth sensitivity and uncertainty. Parameters: init_r (d_in + d_out + 1) per layer while training.
+    smooth sensitivity and uncertainty. `penalty`: "squares" of the distances, summed over layers (the paper's equation
+    4), or their mean, "distances" (the authors' program, and peft). Parameters: init_r (d_in + d_out + 1) per layer
+    while training.
     """
 
     init_r: int = 12
@@ -39,6 +43,7 @@ class AdaLoRA:
     tinit: float = 0.1
     tfinal: float = 0.3
     delta_t: float = 0.01
+    penalty: str = "squares"
 
     def __post_init__(self) -> None:
         whole("AdaLoRA init_r", self.init_r)
@@ -47,6 +52,9 @@ class AdaLoRA:
             raise ValueError(f"AdaLoRA r={self.r} is above init_r={self.init_r}: ranks only shrink on average")
         finite("AdaLoRA alpha", self.alpha, above=0)
         check_dropout("AdaLoRA", self.dropout)
+        if self.penalty not in PENALTIES:
+            near = nearest(str(self.penalty), PENALTIES)
+            raise ValueError(f"AdaLoRA penalty {self.penalty!r}: choose from {', '.join(PENALTIES)}.{near}")
         for name in ("gamma", "beta1", "beta2", "tinit", "tfinal", "delta_t"):
             value = getattr(self, name)
             finite(f"AdaLoRA {name}", value)

@@ -13,7 +13,7 @@ from ..core.delta import Delta
 from ..core.registry import method, nearest, whole
 from ..core.site import Site
 from ._place import place
-from ._rows import COMBINES, Rows, sampled
+from ._rows import Rows, check_several, sampled
 
 INITS = ("vocab", "uniform", "text", "labels")
 
@@ -24,16 +24,20 @@ INITS = ("vocab", "uniform", "text", "labels")
     kind="embedding",
     peft="PROMPT_TUNING",
     identity=False,
-    tiny={"": {"length": 3}, "prompts": {"length": 2, "count": 3}},
+    tiny={
+        "": {"length": 3},
+        "prompts": {"length": 2, "count": 3},
+        "prompt-tasks": {"length": 2, "count": 2, "tasks": ("a", "b")},
+    },
 )
 @dataclass(frozen=True)
 class Prompt:
-    """`length` learned vectors that virtual token ids stand for. Parameters: count length d.
+    """`length` learned vectors that virtual token ids stand for. Parameters: tasks count length d.
 
     init "vocab": words sampled from the 5,000 commonest tokens; "uniform": U(-0.5, 0.5); "text": the tokens of `text`,
     repeated or cut to `length`; "labels": a vector for each of the class names `labels` (the mean of its tokens), the
     rest sampled. count: so many prompts are trained on every row in one batch; their answers are combined by majority
-    "vote", or their scores by "average".
+    "vote", or their scores by "average". tasks: each has prompts of its own, which its rows alone train.
     """
 
     length: int = 20
@@ -42,16 +46,14 @@ class Prompt:
     labels: tuple[str, ...] = ()
     count: int = 1
     combine: str = "vote"
+    tasks: tuple[str, ...] = ()
     ids: tuple[tuple[int, ...], ...] = ()  # the words' token ids, by vector: `bind` finds them
 
     def __post_init__(self) -> None:
         whole("Prompt length", self.length)
-        whole("Prompt count", self.count)
-        for value, choices, what in ((self.init, INITS, "init"), (self.combine, COMBINES, "combine")):
-            if value not in choices:
-                raise ValueError(
-                    f"Prompt {what} {value!r}: choose from {', '.join(choices)}.{nearest(str(value), choices)}"
-                )
+        check_several("Prompt", self.count, self.combine, self.tasks)
+        if self.init not in INITS:
+            raise ValueError(f"Prompt init {self.init!r}: choose from {', '.join(INITS)}.{nearest(self.init, INITS)}")
         object.__setattr__(self, "ids", tuple(tuple(i) for i in self.ids))
         for kind, given in (("text", self.text), ("labels", self.labels)):
             if (self.init == kind) != bool(given or (self.ids and self.init == kind)):
@@ -76,8 +78,8 @@ class Prompt:
         return replace(self, ids=tuple(map(tuple, found)))
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
-        site, layer = place(model)
-        yield site, Rows(layer, torch.cat([self.start(layer) for _ in range(self.count)]), self.length)
+        (site, layer), several = place(model), self.count * max(len(self.tasks), 1)
+        yield site, Rows(layer, torch.cat([self.start(layer) for _ in range(several)]), self.length)
 
     def start(self, layer: nn.Embedding) -> Tensor:
         """[length, d] of one prompt."""

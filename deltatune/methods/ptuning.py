@@ -12,7 +12,7 @@ from ..core.delta import Delta
 from ..core.registry import method, nearest, whole
 from ..core.site import Site
 from ._place import place
-from ._rows import COMBINES, Rows
+from ._rows import Rows, check_several
 
 ENCODERS = ("lstm", "mlp")
 
@@ -22,7 +22,7 @@ ENCODERS = ("lstm", "mlp")
     paper="2103.10385",
     kind="embedding",
     identity=False,
-    tiny={"": {"length": 3}, "ptuning-mlp": {"length": 2, "encoder": "mlp", "count": 2}},
+    tiny={"": {"length": 3}, "ptuning-mlp": {"length": 2, "encoder": "mlp", "count": 2, "tasks": ("a", "b")}},
 )
 @dataclass(frozen=True)
 class PTuning:
@@ -30,27 +30,27 @@ class PTuning:
 
     encoder "lstm" (the paper's): two bidirectional layers of d / 2 units a direction, then d -> d, ReLU, d -> d;
     "mlp": three layers of d. count: so many prompts through one encoder, combined as those of Prompt.
-    Parameters: while training count length d + 14 d^2 + 18 d (lstm) or + 3 d^2 + 3 d (mlp); then count length d.
+    tasks: each has prompts of its own, made by the one encoder that all tasks share.
+    Parameters: n = tasks count length d; while training n + 14 d^2 + 18 d (lstm) or n + 3 d^2 + 3 d (mlp).
     """
 
     length: int = 20
     encoder: str = "lstm"
     count: int = 1
     combine: str = "vote"
+    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         whole("PTuning length", self.length)
-        whole("PTuning count", self.count)
-        for value, choices, what in ((self.encoder, ENCODERS, "encoder"), (self.combine, COMBINES, "combine")):
-            if value not in choices:
-                raise ValueError(
-                    f"PTuning {what} {value!r}: choose from {', '.join(choices)}.{nearest(str(value), choices)}"
-                )
+        check_several("PTuning", self.count, self.combine, self.tasks)
+        if self.encoder not in ENCODERS:
+            near = nearest(str(self.encoder), ENCODERS)
+            raise ValueError(f"PTuning encoder {self.encoder!r}: choose from {', '.join(ENCODERS)}.{near}")
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         site, layer = place(model)
         d = layer.embedding_dim
-        inputs = torch.randn(self.count * self.length, d)
+        inputs = torch.randn(self.count * max(len(self.tasks), 1) * self.length, d)
         yield site, Rows(layer, inputs, self.length, Recurrent(d) if self.encoder == "lstm" else feedforward(d))
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..core.delta import Delta, Refusal, overrides
-from ..core.registry import finite, method, whole
-from ..core.routing import Block, Now, Policy, Routed, copies_of_blocks, reads_ahead, watched
+from ..core.inplace import InPlace
+from ..core.registry import finite, identity, method, whole
+from ..core.routing import Beside, Block, Now, Policy, Routed, copies_of_blocks, reads_ahead, watched
 from ..core.site import Site, block_of, embedding, layers, towers
 from .freeze import Full
 from .lora import LoRA
@@ -19,7 +20,14 @@ LEVELS = ("block", "delta")
 SMALL: dict[str, Any] = {"of": [{"lora": {"r": 2}}], "pool": 3, "hidden": 4}
 
 
-@method("spottune", paper="1811.08737", kind="adapter", tiny={"": SMALL, "spottune-full": SMALL | {"of": []}})
+TINY = {
+    "": SMALL,
+    "spottune-full": SMALL | {"of": []},
+    "spottune-prefix": SMALL | {"of": [{"prefix": {"length": 2}}]},
+}
+
+
+@method("spottune", paper="1811.08737", kind="adapter", tiny=TINY)
 @dataclass(frozen=True)
 class SpotTune:
     """A policy network decides, for each sequence and block, whether the block runs frozen or changed by `of`.
@@ -62,6 +70,8 @@ class SpotTune:
         full = not self.of or any(isinstance(m, Full) for m in self.of)
         for site, delta in copies_of_blocks(model) if full else (p for m in self.of for p in m.deltas(model)):
             self.check(site, delta)
+            if isinstance(delta, InPlace):
+                delta = Beside(model.get_submodule(site.write), delta.names)
             index = blocks.index(block_of(site.write) or "")
             yield site, Routed(delta, now, index, self.level == "delta")
         for index, block in enumerate(blocks if self.level == "block" else ()):
@@ -69,12 +79,18 @@ class SpotTune:
 
     def check(self, site: Site, delta: Delta) -> None:
         """Refusal for a delta that sequences of one batch cannot hear or not hear one by one."""
-        if delta.inplace or delta.alone or overrides(delta, "attend") or not block_of(site.write):
-            raise Refusal(
-                "SpotTune lets single sequences through a changed block, so the change must act on activations in it.",
-                found=f"{type(delta).__name__} at {site.write}",
-                instead="of: lora, ia3, adapter, diffprune, ..., or of: full",
-            )
+        found = f"{type(delta).__name__} at {site.write}"
+        if delta.alone or not block_of(f"{site.write}."):
+            why = "SpotTune lets single sequences through a changed block, so the change must lie in a block."
+            raise Refusal(why, found=found, instead="of: lora, ia3, prefix, bitfit with targets, ..., or of: full")
+        if overrides(delta, "attend") and self.level == "delta":
+            why = "a prefix changes no single activation that the policy's gradient could be taken at."
+            raise Refusal(why, found=found, instead='level "block"')
+
+    @property
+    def identity(self) -> bool:
+        """Whether the model starts as the base: its methods do."""
+        return all(identity(m) for m in self.of)
 
     def report(self, model: nn.Module, deltas: Sequence[Delta]) -> dict[str, Any]:
         """The share of sequences that ran each block changed, since the run's end."""

@@ -40,11 +40,13 @@ class Triplets(Delta):
         return {"weight": (dense.weight.float() + change.to(dense.weight.device)).to(dense.weight.dtype)}
 
     def penalty(self) -> Tensor | None:
-        """This layer's share of gamma times the mean of |P^T P - I| and |Q Q^T - I| over all layers."""
+        """gamma (|P^T P - I|^2 + |Q Q^T - I|^2) (equation 4); "distances": its share of the mean of all layers'."""
         if not self.rank or not self.settings.gamma:
             return None
         unit = torch.eye(self.rank, device=self.lora_A.device, dtype=self.lora_A.dtype)
         gaps = [torch.linalg.vector_norm(m @ m.T - unit) for m in (self.lora_A, self.lora_B.T)]
+        if self.settings.penalty == "squares":
+            return self.settings.gamma * (gaps[0].square() + gaps[1].square())
         return self.settings.gamma / (2 * len(self.budget.members)) * (gaps[0] + gaps[1])
 
     def begin(self, steps: int) -> None:

@@ -19,7 +19,7 @@ from ..data.problems import BadRow
 from ..prompting.template import Filler
 from .classify import refuse_mixed, spelled
 from .cloze import parsed
-from .common import exact, kept_logits, kind_of, language_class, load, needs_words
+from .common import combined, exact, kept_logits, kind_of, language_class, load, needs_words
 
 SMALLEST = 1e-6  # 1 - p below this counts as this: a certain wrong answer has a finite loss
 
@@ -138,13 +138,16 @@ class Choice:
         return total, {"accuracy": float((self.best(each, real) == batch.labels).float().mean())}
 
     def best(self, each: Tensor, real: Tensor) -> Tensor:
-        value = means(each, real) if self.rank == "mean" else each.sum(-1).masked_fill(~real.any(-1), -torch.inf)
-        return value.argmax(-1)
+        return self.values(each, real).argmax(-1)
+
+    def values(self, each: Tensor, real: Tensor) -> Tensor:
+        """[rows, choices], the highest the best; minus infinity where a row has no such choice."""
+        return means(each, real) if self.rank == "mean" else each.sum(-1).masked_fill(~real.any(-1), -torch.inf)
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[str]:
         """A class name for each row, or the number of its choice."""
-        found = self.best(*self.scores(model, batch)).tolist()
+        found = combined(self.values(*self.scores(model, batch)), batch).argmax(-1).tolist()
         return [self.classes[i] if self.labels else str(i) for i in found]
 
     def reference(self, example: Example) -> str:

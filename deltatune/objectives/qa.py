@@ -18,16 +18,21 @@ from ..data.example import Example
 from ..data.places import answered
 from .common import exact, load, run
 
+Part = tuple[Tensor, Reading]  # scores [prompts, 2, seq] of one window, and how its tokens lie in the context
+
 
 @dataclass(frozen=True)
 class QA:
     """Extractive question answering on rows of question, context and answers (the form of SQuAD).
 
-    longest: the most tokens of an answer. A row without answers points at position 0; `unanswerable` lets predictions
-    do so too, and is set where the training rows have such rows.
+    longest: the most tokens of an answer. doc_stride: a context longer than train.max_length is read in windows, each
+    so many tokens after the one before; the best span over all of them answers (the practice of BERT's run_squad). A
+    row without answers points at position 0; `unanswerable` lets predictions do so too, and is set where the training
+    rows have such rows.
     """
 
     longest: int = 30
+    doc_stride: int = 128
     unanswerable: bool = False
 
     name = "qa"
@@ -36,8 +41,10 @@ class QA:
     metrics = ("squad_f1", "squad_exact")
 
     def __post_init__(self) -> None:
-        if isinstance(self.longest, bool) or self.longest < 1:
-            raise ValueError(f"qa longest must be a whole number >= 1, got {self.longest!r}")
+        for name in ("longest", "doc_stride"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"qa {name} must be a whole number >= 1, got {value!r}")
 
     def has(self, example: Example) -> bool:
         """Whether the row has what is learned."""
@@ -62,7 +69,7 @@ class QA:
             )
 
     def encode(self, example: Example, tokenizer: Any, encoding: Encoding) -> list[Encoded]:
-        return [answered(example, tokenizer, encoding)]
+        return answered(example, tokenizer, encoding, self.doc_stride)
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """[rows, 2, seq]: start and end, padding at minus infinity."""
@@ -78,26 +85,36 @@ class QA:
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[str]:
-        """The likeliest span of the context; "" where position 0 scores higher and that is allowed."""
-        scores = self.logits(model, batch).float().log_softmax(-1)
-        scores = scores.exp().unflatten(0, (-1, batch.prompts)).mean(1).log()
-        readings = batch.reading[:: batch.prompts]
-        return [self.best(row, reading) for row, reading in zip(scores, readings, strict=True) if reading]
+        """An answer for each row, as if it were a window alone."""
+        return [self.joined([part]) for part in self.parts(model, batch)]
 
-    def best(self, scores: Tensor, reading: Reading) -> str:
-        """scores [2, seq] of one row -> the text of its best span."""
+    @torch.no_grad()
+    def parts(self, model: nn.Module, batch: Batch) -> list[Part]:
+        """The scores of each row, of which `joined` takes those of one example together."""
+        scores = self.logits(model, batch).float().cpu().unflatten(0, (-1, batch.prompts))
+        return [(own, reading) for own, reading in zip(scores, batch.reading[:: batch.prompts], strict=True) if reading]
+
+    def joined(self, windows: Sequence[Part]) -> str:
+        """The likeliest span over the windows of a context, with one softmax over all of them (the mean over prompts);
+        "" where position 0 scores higher in every window and that is allowed."""
+        total = torch.cat([scores for scores, _ in windows], -1).logsumexp(-1, keepdim=True)
+        found = [((scores - total).exp().mean(0).log(), reading) for scores, reading in windows]
+        best, text = max((self.best(scores, reading) for scores, reading in found), key=lambda pair: pair[0])
+        none = min(float(scores[:, 0].sum()) for scores, _ in found)
+        return "" if self.unanswerable and none >= best else text
+
+    def best(self, scores: Tensor, reading: Reading) -> tuple[float, str]:
+        """scores [2, seq] of one window -> (score, text) of its best span; it begins where the window sees most."""
         places = [i for i, span in enumerate(reading.spans) if span]
-        start, end = scores[0, places], scores[1, places]
-        n = len(places)
+        if not places:
+            return -torch.inf, ""
+        n, begins = len(places), torch.tensor([not reading.fullest or reading.fullest[i] for i in places])
+        start, end = scores[0, places].masked_fill(~begins, -torch.inf), scores[1, places]
         far = torch.arange(n)[None] - torch.arange(n)[:, None]
-        both = (start[:, None] + end[None]).masked_fill(
-            ((far < 0) | (far >= self.longest)).to(start.device), -torch.inf
-        )
-        if not n or (self.unanswerable and scores[:, 0].sum() >= both.max()):
-            return ""
+        both = (start[:, None] + end[None]).masked_fill((far < 0) | (far >= self.longest), -torch.inf)
         first, last = divmod(int(both.argmax()), n)
         chosen = [span for i in (first, last) if (span := reading.spans[places[i]])]
-        return reading.text[chosen[0][0] : chosen[-1][1]].strip()
+        return float(both.max()), reading.text[chosen[0][0] : chosen[-1][1]].strip()
 
     def reference(self, example: Example) -> tuple[str, ...]:
         """Every accepted answer; () where there is none."""

@@ -25,6 +25,8 @@ from ..data.encode import Encoded, Encoding, encoder
 from ..data.example import Example
 from ..data.mix import Mixture
 from ..data.problems import BadRow, Problems
+from ..data.sources import task_of
+from ..evaluate.asking import prompted
 from ..evaluate.incontext import Prompt
 from ..evaluate.score import measurable
 from ..methods import build as build_methods
@@ -35,9 +37,9 @@ from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
 from ..zoo import model_path
 from . import memory
-from .prompts import check_prompts, prompted
+from .prompts import check_prompts, with_tasks
 from .sampler import Sampler
-from .sets import SAMPLE, read, read_sets, streamed
+from .sets import SAMPLE, read, read_sets, streamed, tasks
 from .streaming import Flow, Source
 
 ADAPTER = "default"
@@ -107,14 +109,14 @@ class Job:
         """Rows as tensors on the model's device."""
         packs = self.batching().packing if packs is None else packs
         if self.prompts > 1:
-            rows = side_by_side(rows, self.encoding.prompt_sets)
+            rows = side_by_side(rows, self.encoding.prompt_sets, self.prompts)
         batch = pack(rows) if packs else pad(rows, self.pad_id)
         return replace(batch, prompts=self.prompts, combine=self.encoding.combine).to(self.device)
 
     @property
     def prompts(self) -> int:
         """How many prompts read every row, side by side in one batch."""
-        return max(len(self.encoding.prompt_sets), 1) if self.encoding.prompt_ids else 1
+        return self.encoding.several
 
     def batches(self, sampler: Sampler | Flow) -> Callable[[int], list[Batch]]:
         """step -> its micro-batches as tensors."""
@@ -139,7 +141,8 @@ class Job:
             problems.accept()
             try:
                 self.ends(example)
-                found += self.objective.encode(example, self.tokenizer, encoding or self.encoding)
+                how = (encoding or self.encoding).of(example.task, example.where)
+                found += self.objective.encode(example, self.tokenizer, how)
             except BadRow as fault:
                 problems.retract(fault)
         problems.refuse()
@@ -261,10 +264,11 @@ def prepare(config: Config) -> Job:
     if added:
         notes.append(f"{len(added)} tokens are added; before training, each is the mean of all the others")
     job = Job(config, model, tokenizer, objective, ADAPTER, Encoding(), train, held, ood, notes=notes)
+    found = with_tasks(methods(config, objective, added), tasks(config), notes)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(config.train.seed)
-        attach(model, [bound(m, tokenizer) for m in methods(config, objective, added)], ADAPTER)
+        attach(model, [bound(m, tokenizer) for m in found], ADAPTER)
     return settle(job)
 
 
@@ -303,22 +307,23 @@ def settle(job: Job) -> Job:
 
 
 def set_sizes(job: Job) -> list[int]:
-    """Encoded rows of each set of `data.train`, by the files that their rows name."""
-    sizes, at = [], 0
+    """Encoded rows of each set of `data.train`: files of one task that follow each other are one set."""
+    sizes: dict[str, int] = {}
+    at = 0
     for ref in job.config.data.train:
-        count = len(read([ref], job.config, []))
-        sizes.append(len(job.encode(job.train[at : at + count])))
+        count, name = len(read([ref], job.config, [])), task_of(ref)[0] or ref
+        sizes[name] = sizes.get(name, 0) + len(job.encode(job.train[at : at + count]))
         at += count
-    return sizes
+    return list(sizes.values())
 
 
 def told(job: Job, name: str, examples: Sequence[Example]) -> list[Encoded]:
     """A set's rows as tokens, with a note of what max_length cuts off them."""
-    coder = encoder(job.tokenizer, job.encoding)
-    cut, lost = coder.truncated, coder.lost_tokens
+    coders = [encoder(job.tokenizer, own) for own in job.encoding.each()]
+    cut, lost = sum(c.truncated for c in coders), sum(c.lost_tokens for c in coders)
     rows = job.encode(examples)
-    cut, lost = coder.truncated - cut, coder.lost_tokens - lost
-    job.notes += [note for note in coder.notes if note not in job.notes]
+    cut, lost = sum(c.truncated for c in coders) - cut, sum(c.lost_tokens for c in coders) - lost
+    job.notes += [note for note in dict.fromkeys(n for c in coders for n in c.notes) if note not in job.notes]
     if cut:
         most = job.encoding.max_length
         job.notes.append(f"{name}: {cut} rows are cut to max_length {most}, {lost} tokens are lost")
@@ -418,6 +423,8 @@ def check_supported(config: Config) -> None:
         "data.mix is for several sets: give data.train a list of them": config.data.mix and len(config.data.train) < 2,
         "data.mix reads every set twice: not with data.streaming or standard input (-)": config.data.mix
         and (config.data.streaming or "-" in config.data.train),
+        "data.streaming reads rows of one task: give data.train without names": config.data.streaming
+        and bool(tasks(config)),
         "train.compile: on is not in this version; leave it auto (which runs without)": t.compile == "on",
         "train.patience counts evaluations: give train.eval_every too": t.patience and not t.eval_every,
         "train.eval_every needs rows to evaluate: give data.eval": t.eval_every and not config.data.eval,

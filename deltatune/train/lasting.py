@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..config import Config
+from ..data.sources import task_of
 
 STDIN = "stdin.jsonl"  # in the run folder: the rows of standard input, whatever their format
 
@@ -19,7 +20,8 @@ def lasting(config: Config, folder: Path) -> Iterator[Config]:
     ValueError where standard input is asked for twice, or streamed.
     """
     data, copy = config.data, folder / STDIN
-    piped = [ref for refs in (data.train, data.eval, *data.ood.values()) for ref in refs].count("-")
+    named = [ref for refs in (data.train, data.eval, *data.ood.values()) for ref in refs]
+    piped = sum(task_of(ref)[1] == "-" for ref in named)
     if piped > 1:
         raise ValueError(f"- is standard input, which can be read once, not {piped} times: give files")
     if data.streaming and "-" in data.train:
@@ -28,7 +30,11 @@ def lasting(config: Config, folder: Path) -> Iterator[Config]:
         copy.write_bytes(sys.stdin.buffer.read())
 
     def refs(given: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(absolute(str(copy) if ref == "-" else ref) for ref in given)
+        return tuple(
+            f"{task}={whole}" if task else whole
+            for task, ref in map(task_of, given)
+            for whole in [absolute(str(copy) if ref == "-" else ref)]
+        )
 
     try:
         found = {"train": refs(data.train), "eval": refs(data.eval), "ood": {k: refs(v) for k, v in data.ood.items()}}

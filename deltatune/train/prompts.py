@@ -1,31 +1,32 @@
-"""What a run knows of its soft prompts: their virtual ids, and whether template, method and objective agree."""
+"""What a run knows of its soft prompts: their tasks, and whether template, method and objective agree."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from ..core.attach import known
-from ..core.store import prompt_sets
 from ..prompting.template import Template
 
 if TYPE_CHECKING:
     from .job import Job
 
 
-def prompted(model: nn.Module, name: str) -> dict[str, Any]:
-    """What an Encoding says of adapter `name`'s soft prompts; "" has none."""
-    sets = prompt_sets(model, name) if name else ()
-    combine = [m.combine for m in known(model, name).methods[name] if hasattr(m, "combine")] if name else []
-    return {"prompt_ids": sets[0], "prompt_sets": sets, "combine": combine[0]} if sets else {}
+def with_tasks(methods: Sequence[Any], names: tuple[str, ...], notes: list[str]) -> tuple[Any, ...]:
+    """The methods, where the training sets are named: soft prompts that leave their tasks open get one for each."""
+    found = []
+    for method in methods:
+        if names and getattr(method, "tasks", None) == ():
+            method = replace(method, tasks=names)
+            notes.append(f"{method.method_name}: vectors of its own for each task ({', '.join(names)})")
+        found.append(method)
+    return tuple(found)
 
 
 def check_prompts(job: Job) -> None:
-    """ValueError where template and method disagree on the virtual tokens, or answers cannot be averaged."""
+    """ValueError where template and method disagree on the virtual tokens."""
     template, have = getattr(job.objective, "template", None), len(job.encoding.prompt_ids)
     if template:
         placed = any(m.method_name == "ptuning" for m in known(job.model, job.adapter).methods[job.adapter])
         Template(template, gap=job.objective.name != "sft").demand(have, placed)
-    if len(job.encoding.prompt_sets) > 1 and job.encoding.combine == "average" and job.objective.name == "sft":
-        raise ValueError("combine: average needs scores of classes, and sft generates text: choose combine: vote")

@@ -297,7 +297,8 @@ def closing(job: Job, folder: Path, opened: Opened, loop: Loop, clock: Clock) ->
     """Save the adapter, check it, measure again, write the reports."""
     with clock.phase("save"):
         fold(job.model, job.adapter)
-        save(job.model, job.adapter, folder / "adapter", base=job.config.model.name, record=record_of(job))
+        known(job.model).records[job.adapter] = record_of(job)
+        save(job.model, job.adapter, folder / "adapter", base=job.config.model.name)
         checks = [*opened.checks, *after_training(job, folder / "adapter", opened)]
     with clock.phase("after"):
         result = evidence.after(job, opened.first)

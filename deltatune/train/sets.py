@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
 from ..config import Config
@@ -10,7 +11,7 @@ from ..data import formats
 from ..data.check import remarks
 from ..data.example import Example
 from ..data.problems import Problems
-from ..data.sources import files
+from ..data.sources import files, task_of
 from ..data.stream import Order, stream
 
 SAMPLE = 64  # training rows that a run without evaluation rows is measured on
@@ -59,9 +60,14 @@ def measured(name: str, rows: list[Example], config: Config, notes: list[str]) -
 
 def read(refs: Sequence[str], config: Config, notes: list[str]) -> list[Example]:
     found: list[Example] = []
-    for ref in refs:
+    for task, ref in map(task_of, refs):
         format = None if config.data.format == "auto" else config.data.format
         rows, problems = formats.load(ref, format, config.data.columns)
         notes += [*problems.notes, *map(str, problems.warnings)]
-        found += rows
+        found += [replace(row, extra={**row.extra, "task": task}) for row in rows] if task else rows
     return found
+
+
+def tasks(config: Config) -> tuple[str, ...]:
+    """The names of the training sets, in their order."""
+    return tuple(dict.fromkeys(task for task, _ in map(task_of, config.data.train) if task))

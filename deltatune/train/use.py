@@ -17,6 +17,7 @@ from ..core.store import load as load_adapter
 from ..core.store import read_manifest
 from ..data.encode import Encoding
 from ..data.example import Example
+from ..evaluate.asking import prompted
 from ..evaluate.generate import Decoding
 from ..evaluate.incontext import Prompt, predict, reference
 from ..evaluate.metrics import find
@@ -27,7 +28,6 @@ from ..objectives.common import kind_of
 from ..zoo import model_path
 from .evidence import forgotten, general, known_bounds
 from .job import Job, longest, model_config, open_model, told
-from .prompts import prompted
 from .sets import measured, read
 
 WINDOW, WINDOWS = 128, 16  # tokens of a piece of text that a merge is measured on, and how many pieces
