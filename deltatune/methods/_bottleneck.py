@@ -34,7 +34,7 @@ class Bottleneck(Delta):
     def __init__(self, shape: Shape):
         super().__init__()
         self.down, self.up = nn.Linear(shape.d_in, shape.bottleneck), nn.Linear(shape.bottleneck, shape.d_out)
-        self.act = ACTS[shape.act]
+        self.act, self.width = ACTS[shape.act], shape.d_in
         self.scale = nn.Parameter(torch.ones(1)) if shape.scale is None else shape.scale
         for weight in (self.down.weight, self.up.weight):
             if shape.std is not None:  # cut at two deviations, as the paper's code draws it
@@ -49,8 +49,11 @@ class Bottleneck(Delta):
         """h [*, d_in] -> what is added to y [*, d_out], in y's dtype."""
         return (self.scale * self.up(self.act(self.down(h.to(self.down.weight.dtype))))).to(y.dtype)
 
+    def own_input(self, x: Tensor, y: Tensor) -> Tensor:
+        return x if self.site.is_span else y
+
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.change(x if self.site.is_span else y, y)
+        return y + self.change(self.own_input(x, y), y)
 
 
 class BeforeNorm(Bottleneck):
@@ -58,3 +61,7 @@ class BeforeNorm(Bottleneck):
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return layer.forward(x + self.change(y, x))
+
+    def shared(self, layer: nn.Module, given: tuple[Tensor, Tensor], g: Tensor) -> Tensor:
+        x, y = given
+        return layer.forward(x + g * self.change(y, x))

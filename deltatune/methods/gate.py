@@ -24,11 +24,11 @@ PER = ("sequence", "token")
 @method("gate", paper="2110.07577", kind="adapter", identity=False, tiny={"": {"of": SMALL, "pool": 3}})
 @dataclass(frozen=True)
 class Gate:
-    """A learned gate on each layer's change by each of the methods `of`, read from that layer's input.
+    """A learned gate on each layer's change by each of the methods `of`, read from what the change is computed from.
 
     per "sequence": the mean of the tokens' gates, as in the paper; "token": each its own (but one for a prefix).
     pool: how many first tokens that mean takes; left out, all of an encoder's, 16 of a causal model's, always 1 of a
-    decoder's beside an encoder. Parameters: d_in + 1 for each layer and method.
+    decoder's beside an encoder. Parameters: (width of what is read) + 1 for each layer and method.
     """
 
     of: tuple[Any, ...] = field(default=(LoRA(), Prefix(), Adapter()), metadata={"methods": True})
@@ -51,7 +51,7 @@ class Gate:
                 found = f"{type(delta).__name__} at {site.write}"
                 instead = "of: lora, ia3, adapter, prefix, ...; what trains weights or embeddings stands beside it"
                 raise Refusal("a gate scales a change of activations.", found=found, instead=instead)
-            width = hidden_size(layer) if overrides(delta, "attend") else widths(layer)[0]
+            width = delta.width or (hidden_size(layer) if overrides(delta, "attend") else widths(layer)[0])
             yield site, (Front if overrides(delta, "attend") else Gated)(delta, width, (*reading(site), self.per))
 
 
@@ -79,7 +79,7 @@ class Gated(Wrapped):
         return x + self.share(x) * (self.inner.before(layer, x) - x)
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.share(x) * (self.inner.after(layer, x, y) - y)
+        return self.inner.shared(layer, (x, y), self.share(self.inner.own_input(x, y)))
 
 
 class Front(Gated):
