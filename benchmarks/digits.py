@@ -21,23 +21,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deltatune import Adapter, Head, LoRA, Prefix, SpotTune, VisualPrompt, attach, trainable
+from deltatune.core.attach import disabled, each
+from deltatune.core.attention import keys_values
 from deltatune.core.slot import deltas
 from deltatune.data.batch import Batch
 from deltatune.evaluate.intervals import difference, wilson
 from deltatune.evaluate.metrics import METRICS
+from deltatune.methods._keys_values import KeysValues
 from deltatune.methods.freeze import Full
 from deltatune.train.loop import Loop, Settings, Step
 
 ROWS = 32
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 # name -> the methods beside the head, and the rate of RATES that was best on dev rows (--sweep)
 SETTINGS: dict[str, tuple[tuple[Any, ...], float]] = {
-    "head": ((), 1e-1),
+    "head": ((), 3e-2),
     "adapter": ((Adapter(bottleneck=8),), 1e-2),
     "LoRA": ((LoRA(r=4),), 3e-3),
     "visual prompts, shallow": ((VisualPrompt(10),), 1e-1),
     "visual prompts, deep": ((VisualPrompt(10, deep=True),), 3e-2),
-    "prefix": ((Prefix(10),), 1e-1),
+    "prefix": ((Prefix(10),), 3e-1),
+    "prefix, MLP": ((Prefix(10, reparam="mlp", hidden=64),), 1e-2),
+    "prefix from real keys": ((Prefix(10),), 3e-1),
     "SpotTune (LoRA)": ((SpotTune(of=(LoRA(r=4),), hidden=16),), 3e-3),
     "full": ((Full(),), 1e-3),
 }
@@ -112,6 +117,18 @@ def split(seed: int, shots: int, part: str) -> tuple[tuple[Tensor, Tensor], tupl
     return (x[taken], y[taken]), (x[scored], y[scored])
 
 
+@torch.no_grad()
+def from_rows(model: Any, x: Tensor) -> None:
+    """The prefix's start: the base's own keys and values, of another position and training row each."""
+    with disabled(model):
+        seen = keys_values(model, {"pixel_values": x})
+    for layer, delta in each(model, "default"):
+        if isinstance(delta, KeysValues):
+            rows = torch.arange(delta.k.shape[1])
+            for own, kept in zip((delta.k, delta.v), seen[layer], strict=True):
+                own.copy_(kept[rows, :, rows].transpose(0, 1))
+
+
 Result = tuple[list[int], list[int], int]
 
 
@@ -124,6 +141,8 @@ def one(base: Any, name: str, lr: float, given: argparse.Namespace, seed: int) -
     torch.nn.init.trunc_normal_(model.classifier.weight, std=0.02)  # the new task's head begins anew
     torch.nn.init.zeros_(model.classifier.bias)
     attach(model, methods if name == "full" else [*methods, Head()])
+    if "real" in name:
+        from_rows(model, data[0])
     count = sum(p.numel() for p in trainable(model).values()) - sum(p.numel() for p in model.classifier.parameters())
     train(model, data, given.steps, lr, seed)
     return answers(model, x), y.tolist(), count

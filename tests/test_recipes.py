@@ -228,7 +228,8 @@ def test_of_two_presets_the_first_has_its_way_and_the_other_is_told():
 
 def test_a_resolved_run_says_which_values_are_the_papers():
     config = resolve(Config(**SMALL, method="houlsby-paper", train={"epochs": 1})).config
-    said = "as houlsby-paper (arXiv:1902.00751): train.lr 0.0003, train.batch_rows 32, train.schedule linear, train.warmup 0.1"
+    said = "as houlsby-paper (arXiv:1902.00751): train.lr 0.0003, train.batch_rows 32, train.schedule linear, "
+    said += "train.warmup 0.1"
     assert recipes(config) == [said]
     assert recipes(resolve(Config(**SMALL, method="adapter")).config) == []
 
@@ -310,7 +311,8 @@ def test_one_method_on_one_page():
         "source r: paper, table 9;", "paper's recipe lora-paper: the paper's LoRA as published for RoBERTa-base",
         '{"lora": {"alpha": 8, "init": "gaussian", "r": 8, "targets": ["q", "v"]}}',
         "settings lr 0.0005, batch_rows 16, epochs 30, schedule linear, warmup 0.06, weight_decay 0.1",
-        "merges yes", "peft type LORA", "presets lora-paper, lora-plus, lora-qv, olora, pissa, pissa-paper, qlora, qlora-paper, rslora",
+        "merges yes", "peft type LORA", "presets lora-paper, lora-plus, lora-qv, olora, pissa, pissa-paper, qlora, "
+        "qlora-paper, rslora",
     ):  # fmt: skip
         assert said in text, said
     assert "parameters" not in text.replace("Parameters: r (d_in", "")

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from deltatune.commands.adapted import READING
 from deltatune.commands.methods import Json
 from deltatune.commands.shell import BAD_INPUT, emit, machine, main, screen
 from deltatune.commands.train import Sets, chosen
@@ -32,13 +33,14 @@ def check(
     json_: Json = False,
 ) -> None:
     """Say what was inferred, what is wrong and where, and how long the rows are."""
-    reads = chosen(set_, ("data.format", "data.columns")).data
+    reads = chosen(set_, READING).data
     from deltatune.data.check import Encoding, Reading
     from deltatune.data.check import check as look
 
     tokenizer, encoding = None, Encoding()
     if model is not None:
-        from deltatune.train.job import model_config, open_tokenizer, places
+        from deltatune.train.job import places
+        from deltatune.train.opening import model_config, open_tokenizer
         from deltatune.zoo import model_path
 
         path = model_path(model)

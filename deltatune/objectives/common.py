@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..core.attention import packed, positions
 from ..core.delta import Refusal
-from ..core.site import head_modules
+from ..core.site import head_modules, output_layer
 from ..data.batch import Batch
 
 IGNORE = -100
@@ -96,7 +96,7 @@ def kind_of(model: Any) -> str:
 
 def needs_words(model: Any, objective: str) -> None:
     """Refusal for a model without a language head."""
-    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+    if output_layer(model) is None:
         raise Refusal(
             f"{objective} reads the language model's words, and this model has no language head.",
             found=type(model).__name__,

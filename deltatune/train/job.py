@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from ..config import Config, recipes
 from ..core.attach import activate, attach, attached, each, known, packing, trainable
 from ..core.delta import Given
-from ..core.quant import options, steady
 from ..core.site import head_modules
 from ..core.store import add_tokens
 from ..data.batch import Batch, Batching, pack, pad, plan, side_by_side
@@ -35,15 +33,14 @@ from ..methods.tokens import NewTokens
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
-from ..zoo import model_path
 from . import memory
+from .opening import DTYPES, open_model, tokenizer_of
 from .prompts import check_prompts, with_tasks
 from .sampler import Sampler
 from .sets import SAMPLE, read, read_sets, streamed, tasks
 from .streaming import Flow, Source
 
 ADAPTER = "default"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 SELDOM = r"(pooler|head|classifier|score|embed|wte|wpe|rows)"  # keys without a gradient in many a batch
 
@@ -67,6 +64,7 @@ class Job:
     recompute: bool = False  # gradient checkpointing
     sizes: list[int] = field(default_factory=list)  # rows of each training set, where they are mixed
     fresh: bool = True  # the adapter was attached for this run, untrained
+    kept: dict[tuple[int, Encoding], tuple[Example, list[Encoded]]] = field(default_factory=dict)  # of `measured`
 
     @property
     def device(self) -> torch.device:
@@ -136,17 +134,29 @@ class Job:
 
     def encode(self, examples: Sequence[Example], encoding: Encoding | None = None) -> list[Encoded]:
         """Every row of `examples`; ValueError that lists every row that cannot be used."""
+        return [row for rows in self.encoded(examples, encoding or self.encoding) for row in rows]
+
+    def encoded(self, examples: Sequence[Example], encoding: Encoding) -> list[list[Encoded]]:
+        """As `encode`, the rows of each example apart."""
         problems, found = Problems(), []
         for example in examples:
             problems.accept()
             try:
                 self.ends(example)
-                how = (encoding or self.encoding).of(example.task, example.where)
-                found += self.objective.encode(example, self.tokenizer, how)
+                how = encoding.of(example.task, example.where)
+                found.append(self.objective.encode(example, self.tokenizer, how))
             except BadRow as fault:
                 problems.retract(fault)
         problems.refuse()
         return found
+
+    def measured(self, examples: Sequence[Example], encoding: Encoding | None = None) -> list[list[Encoded]]:
+        """As `encoded`, kept: the same rows are measured before training, within and after."""
+        how = encoding or self.encoding
+        new = [e for e in examples if (id(e), how) not in self.kept]
+        # with the example itself, whose id would otherwise be another's once it is gone
+        self.kept |= {(id(e), how): (e, rows) for e, rows in zip(new, self.encoded(new, how), strict=True)}
+        return [self.kept[id(e), how][1] for e in examples]
 
     def ends(self, example: Example) -> None:
         """An encoder-decoder classifies at the end-of-sequence token: BadRow for a text that holds one of its own."""
@@ -205,37 +215,6 @@ class Job:
 
 
 # ---- preparing -------------------------------------------------------------------------------------------------------
-def open_model(config: Config, objective: Any) -> tuple[nn.Module, Any]:
-    """(model with the head the objective needs, tokenizer) of `model.name`, in evaluation mode."""
-    path = model_path(config.model.name, config.model.revision)
-    tokenizer = open_tokenizer(path)
-    device, number = "cuda" if torch.cuda.is_available() else "cpu", dtype(config)
-    how = options(config.model.quant, number, device) if config.model.quant else {"dtype": number}
-    model = objective.load(path, model_config(path), **how)
-    return steady(model.to(device)).eval(), tokenizer
-
-
-def open_tokenizer(path: Path | str) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # batches mask by length, so that a shared id hides nothing
-    return tokenizer
-
-
-def model_config(path: Path | str) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(path)
-
-
-def dtype(config: Config) -> torch.dtype:
-    """What the user asked for, or bf16 where the hardware multiplies it fast."""
-    asked = next((x for x in (config.model.dtype, config.train.precision) if x != "auto"), None)
-    return DTYPES[asked] if asked else best_dtype()
-
-
 def methods(config: Config, objective: Any, added: tuple[int, ...] = ()) -> tuple[Any, ...]:
     """The configured methods; a task head and the rows of `added` tokens are always trained beside them."""
     found = build_methods([dict(block) for block in config.method])
@@ -279,15 +258,7 @@ def bound(method: Any, tokenizer: Any) -> Any:
 
 def settle(job: Job) -> Job:
     """Bind the objective to the tokenizer, encode with the adapter's virtual ids in front, and pin what was `auto`."""
-    if hasattr(job.objective, "bind"):
-        job.objective = job.objective.bind(job.tokenizer, kind_of(job.model))
-    job.encoding = Encoding(
-        max_length=longest(job),
-        train_on=getattr(job.objective, "train_on", "assistant"),
-        decoder=kind_of(job.model) == "seq2seq" and not job.objective.task_head,
-        **prompted(job.model, job.adapter),
-    )
-    check_prompts(job)
+    check_prompts(settle_encoding(job))
     job.rows = told(job, "training", job.train)
     if job.config.data.mix:
         job.sizes = set_sizes(job)
@@ -306,6 +277,19 @@ def settle(job: Job) -> Job:
     return job
 
 
+def settle_encoding(job: Job) -> Job:
+    """The objective's words as ids, and how rows become tokens for this model and adapter."""
+    if hasattr(job.objective, "bind"):
+        job.objective = job.objective.bind(job.tokenizer, kind_of(job.model))
+    job.encoding = Encoding(
+        max_length=longest(job),
+        train_on=getattr(job.objective, "train_on", "assistant"),
+        decoder=kind_of(job.model) == "seq2seq" and not job.objective.task_head,
+        **prompted(job.model, job.adapter),
+    )
+    return job
+
+
 def set_sizes(job: Job) -> list[int]:
     """Encoded rows of each set of `data.train`: files of one task that follow each other are one set."""
     sizes: dict[str, int] = {}
@@ -318,10 +302,10 @@ def set_sizes(job: Job) -> list[int]:
 
 
 def told(job: Job, name: str, examples: Sequence[Example]) -> list[Encoded]:
-    """A set's rows as tokens, with a note of what max_length cuts off them."""
+    """A set's rows as tokens, with a note of what max_length cuts off them. All but training rows are kept."""
     coders = [encoder(job.tokenizer, own) for own in job.encoding.each()]
     cut, lost = sum(c.truncated for c in coders), sum(c.lost_tokens for c in coders)
-    rows = job.encode(examples)
+    rows = job.encode(examples) if name == "training" else [row for own in job.measured(examples) for row in own]
     cut, lost = sum(c.truncated for c in coders) - cut, sum(c.lost_tokens for c in coders) - lost
     job.notes += [note for note in dict.fromkeys(n for c in coders for n in c.notes) if note not in job.notes]
     if cut:
@@ -475,18 +459,6 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
 def trains_head(model: nn.Module, name: str) -> bool:
     heads = tuple(head_modules(model))
     return any(delta.site.write.startswith(heads) for _, delta in each(model, name))
-
-
-def tokenizer_of(model: Any) -> Any:
-    """The tokenizer of the folder or hub id a model came from; ValueError where it came from nowhere."""
-    name = getattr(model.config, "_name_or_path", "")
-    fix = "give train(..., tokenizer=AutoTokenizer.from_pretrained(...))"
-    if not name:
-        raise ValueError(f"the model does not say where it came from, so its tokenizer is not known: {fix}")
-    try:
-        return open_tokenizer(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer at {name!r}, where the model came from: {fix}") from error
 
 
 def last_turn(encoding: Encoding) -> Encoding:
