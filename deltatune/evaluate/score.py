@@ -14,7 +14,7 @@ from ..core.attach import takes_packed
 from ..data.batch import Batching, plan, side_by_side
 from ..data.encode import Encoded
 from ..data.example import Example
-from .generate import Decoding, answers, evaluating, fits
+from .generate import Decoding, answers, evaluating, fits, opening
 from .incontext import Prompt, Search, best_untuned
 from .intervals import difference, interval, plain
 from .metrics import answer, find, for_task, perplexity
@@ -69,7 +69,8 @@ def measurable(job: Job, examples: Sequence[Example]) -> None:
     if scored and job.objective.name == "sft" and getattr(job.model, "can_generate", lambda: False)():
         for prompt in prompts_of(job, scored):
             try:
-                fits([prompt.ids], job.model, job.config.eval.max_new_tokens)
+                ids = opening(job.model, job.tokenizer) if prompt.read else prompt.ids
+                fits([ids], job.model, job.config.eval.max_new_tokens)
             except ValueError as error:
                 raise ValueError(f"{prompt.where}: {error} (eval.max_new_tokens)") from None
     references = [wanted[e.where] for e in scored]
@@ -99,7 +100,7 @@ def mean_loss(job: Job, rows: Sequence[Encoded]) -> float:
 
 def batches(job: Job, rows: Sequence[Encoded]) -> Any:
     """Batches of like length, longest rows too: packed inside a run that packs, else padded."""
-    lengths = [max(len(r.ids), len(r.labels or ())) for r in rows]
+    lengths = [r.length for r in rows]
     room = max(BATCH_TOKENS, max(lengths, default=1))
     packs = takes_packed(job.model)
     for group in plan(lengths, Batching(tokens=room, packing=packs, group=not packs)):
@@ -130,7 +131,7 @@ def prompts_of(job: Job, examples: Sequence[Example]) -> list[Encoded]:
 def classify(job: Job, examples: Sequence[Example]) -> list[Any]:
     found: list[Any] = [None] * len(examples)
     rows = [job.objective.encode(e, job.tokenizer, job.encoding)[0] for e in examples]
-    lengths = [len(r.ids) for r in rows]
+    lengths = [r.length for r in rows]
     for group in plan(lengths, Batching(tokens=max(BATCH_TOKENS, max(lengths)), group=True)):
         for i, said in zip(
             group, job.objective.predict(job.model, job.batch([rows[i] for i in group], False)), strict=True

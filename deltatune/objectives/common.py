@@ -16,6 +16,7 @@ from ..core.attention import packed, positions
 from ..core.delta import Refusal
 from ..core.site import head_modules
 from ..data.batch import Batch
+from ..data.media import reads
 
 IGNORE = -100
 
@@ -44,6 +45,8 @@ def load(auto: str, path: Path | str, **options: Any) -> Any:
 
 HEADED = (
     "AutoModelForSequenceClassification",
+    "AutoModelForImageClassification",
+    "AutoModelForAudioClassification",
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
 )
@@ -79,9 +82,16 @@ def language_class(config: Any) -> str:
     """The Auto class whose head predicts tokens for this configuration."""
     names = " ".join(config.architectures or ())
     if config.is_encoder_decoder:
-        return "AutoModelForSeq2SeqLM"
+        return "AutoModelForSpeechSeq2Seq" if reads(config) == "audio" else "AutoModelForSeq2SeqLM"
     masked = "MaskedLM" in names or config.model_type in MASKED
     return "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
+
+
+def class_head(config: Any) -> str:
+    """The Auto class whose head tells classes for this configuration."""
+    return {"image": "AutoModelForImageClassification", "audio": "AutoModelForAudioClassification"}.get(
+        reads(config) or "", "AutoModelForSequenceClassification"
+    )
 
 
 MASKED = ("bert", "roberta", "distilbert", "electra", "modernbert", "albert", "deberta-v2", "xlm-roberta", "camembert")
@@ -111,6 +121,15 @@ def run(model: nn.Module, batch: Batch, **more: Any) -> Any:
     inputs = {**batch.inputs, "position_ids": positions(model, batch.lens)}
     with packed(batch.lens):
         return model(**inputs, **more)
+
+
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """What the decoder reads to say `labels` [rows, seq]: the same, one place later."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    read = torch.cat([start, labels[:, :-1]], 1)
+    return read.masked_fill(read == IGNORE, model.config.pad_token_id)
 
 
 def kept_logits(model: nn.Module, batch: Batch, keep: Tensor) -> Tensor:

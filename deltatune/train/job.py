@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ..core.store import add_tokens
 from ..data.batch import Batch, Batching, pack, pad, plan, side_by_side
 from ..data.encode import Encoded, Encoding, encoder
 from ..data.example import Example
+from ..data.media import Reader, Wordless, parted, reader, reads
 from ..data.mix import Mixture
 from ..data.problems import BadRow, Problems
 from ..evaluate.incontext import Prompt
@@ -41,6 +43,7 @@ from .sets import SAMPLE, read, read_sets, streamed
 from .streaming import Flow, Source
 
 ADAPTER = "default"
+HEARS = ("classify", "sft")  # the objectives that take rows of pictures and sounds
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 SELDOM = r"(pooler|head|classifier|score|embed|wte|wpe|rows)"  # keys without a gradient in many a batch
@@ -65,10 +68,16 @@ class Job:
     recompute: bool = False  # gradient checkpointing
     sizes: list[int] = field(default_factory=list)  # rows of each training set, where they are mixed
     fresh: bool = True  # the adapter was attached for this run, untrained
+    processor: Any = None  # of pictures or sounds; None: the one that lies beside the model
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @cached_property
+    def media(self) -> Reader | None:
+        """What reads the rows' pictures or sounds; None for a model of text."""
+        return reader(self.model.config, self.processor)
 
     @property
     def pad_id(self) -> int:
@@ -109,7 +118,7 @@ class Job:
         if self.prompts > 1:
             rows = side_by_side(rows, self.encoding.prompt_sets)
         batch = pack(rows) if packs else pad(rows, self.pad_id)
-        return replace(batch, prompts=self.prompts, combine=self.encoding.combine).to(self.device)
+        return replace(batch, prompts=self.prompts, combine=self.encoding.combine).to(self.device, self.model.dtype)
 
     @property
     def prompts(self) -> int:
@@ -138,12 +147,20 @@ class Job:
         for example in examples:
             problems.accept()
             try:
-                self.ends(example)
+                self.suits(example)
                 found += self.objective.encode(example, self.tokenizer, encoding or self.encoding)
             except BadRow as fault:
                 problems.retract(fault)
         problems.refuse()
         return found
+
+    def suits(self, example: Example) -> None:
+        """BadRow for a row that the objective, or the model under it, cannot take."""
+        if example.media is not None and self.objective.name not in HEARS:
+            reason = f"{self.objective.name} asks with words, the row holds an {example.media.kind}"
+            fix = f"Choose one of the objectives {', '.join(HEARS)}"
+            raise BadRow("wrong_input", example.where, example.media.kind, reason, fix)
+        self.ends(example)
 
     def ends(self, example: Example) -> None:
         """An encoder-decoder classifies at the end-of-sequence token: BadRow for a text that holds one of its own."""
@@ -213,9 +230,15 @@ def open_model(config: Config, objective: Any) -> tuple[nn.Module, Any]:
 
 
 def open_tokenizer(path: Path | str) -> Any:
+    """The tokenizer of a folder or hub id, in whose place `Wordless` stands where a model of pictures has none."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        if reads(model_config(path)):
+            return Wordless()
+        raise
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token = tokenizer.eos_token  # batches mask by length, so that a shared id hides nothing
     return tokenizer
@@ -282,8 +305,10 @@ def settle(job: Job) -> Job:
         train_on=getattr(job.objective, "train_on", "assistant"),
         decoder=kind_of(job.model) == "seq2seq" and not job.objective.task_head,
         **prompted(job.model, job.adapter),
+        media=job.media,
     )
     check_prompts(job)
+    job.notes += unread(job)
     job.rows = told(job, "training", job.train)
     if job.config.data.mix:
         job.sizes = set_sizes(job)
@@ -300,6 +325,17 @@ def settle(job: Job) -> Job:
     }
     job.config = job.config.model_copy(update={"train": job.config.train.model_copy(update=pinned)})
     return job
+
+
+def unread(job: Job) -> list[str]:
+    """What is not measured on a model of pictures or sounds. ValueError for settings that need a model of text."""
+    if job.media is None:
+        return []
+    if job.config.eval.shots:
+        raise ValueError(f"eval.shots puts examples into a prompt, and {job.model.config.model_type} reads no text")
+    if not job.config.eval.retention:
+        return []
+    return ["the model reads no text: what it forgets of general text (eval.retention) is not measured"]
 
 
 def set_sizes(job: Job) -> list[int]:
@@ -331,6 +367,11 @@ def fitting(job: Job) -> None:
     long = {row.where: row.length for row in job.rows if most and row.length > most}
     if long:
         longest, shown = max(long.values()), ", ".join(list(long)[:5])
+        if job.media is not None:
+            raise ValueError(
+                f"a picture or sound takes {longest} positions of {job.model.config.model_type}, more than "
+                f"train.batch_tokens {most}: give train.batch_rows, or raise train.batch_tokens to {longest}"
+            )
         raise ValueError(
             f"{len(long)} rows are longer than train.batch_tokens {most} ({shown}; up to {longest} tokens). "
             f"Raise train.batch_tokens to {longest}, or lower train.max_length to {most}"
@@ -339,7 +380,7 @@ def fitting(job: Job) -> None:
 
 def places(config: Any) -> int | None:
     """How many positions a model of this configuration has; None: no fixed number."""
-    found = getattr(config, "max_position_embeddings", None)
+    found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
     if not isinstance(found, int) or found < 1:
         return None
     # some are numbered from after the padding id
@@ -356,7 +397,7 @@ def longest(job: Job) -> int:
     room -= taken
     if room < 1:
         raise ValueError(
-            f"the prefix leaves no room: {config.model_type} has {config.max_position_embeddings} positions, and the "
+            f"the prefix leaves no room: {config.model_type} has {places(config)} positions, and the "
             f"adapter takes {taken} of them; choose a shorter one"
         )
     if room < wanted:
@@ -438,7 +479,7 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
     name = given["adapter"]
     if name not in attached(model):
         raise ValueError(f"adapter {name!r} is not attached: call attach(model, LoRA(...), name={name!r}) first")
-    tokenizer = given.get("tokenizer") or tokenizer_of(model)
+    tokenizer, processor = parted(given.get("tokenizer") or tokenizer_of(model))
     asked = DTYPES.get(config.train.precision, DTYPES.get(config.model.dtype))
     have = next(model.parameters()).dtype
     if asked not in (None, have):
@@ -460,9 +501,8 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
             f"attach(model, [LoRA(), Head()], name={name!r}), unless the head was trained before",
             stacklevel=3,
         )
-    return settle(
-        Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes, fresh=False)
-    )
+    job = Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes, fresh=False)
+    return settle(replace(job, processor=processor))
 
 
 def trains_head(model: nn.Module, name: str) -> bool:

@@ -17,6 +17,7 @@ from ..core.store import load as load_adapter
 from ..core.store import read_manifest
 from ..data.encode import Encoding
 from ..data.example import Example
+from ..data.media import parted
 from ..evaluate.generate import Decoding
 from ..evaluate.incontext import Prompt, predict, reference
 from ..evaluate.metrics import find
@@ -26,7 +27,7 @@ from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import model_path
 from .evidence import forgotten, general, known_bounds
-from .job import Job, longest, model_config, open_model, told
+from .job import Job, longest, model_config, open_model, told, unread
 from .prompts import prompted
 from .sets import measured, read
 
@@ -102,7 +103,10 @@ def recorded_fields(asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[
     return {name: {**(found.get(name) or {}), **(fields or {})}}
 
 
-OWN_HEADS = {"classify": "SequenceClassification", "tag": "TokenClassification"}
+OWN_HEADS = {
+    "classify": ("SequenceClassification", "ImageClassification", "AudioClassification"),
+    "tag": ("TokenClassification",),
+}
 
 
 def own_labels(ref: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +114,7 @@ def own_labels(ref: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]
     if fields.get("kind") == "regression":
         return dict(fields)
     config = model_config(model_path(ref))
-    if not any(OWN_HEADS[kind] in name for name in config.architectures or ()):
+    if not any(head in name for name in config.architectures or () for head in OWN_HEADS[kind]):
         raise ValueError(f"{ref} is no classifier, and no run says which classes there are: give --adapter RUN")
     if config.num_labels < 2:
         return {**fields, "kind": "regression"}
@@ -139,13 +143,17 @@ def evaluate_file(
     if hasattr(objective, "bind"):
         objective = objective.bind(tokenizer, kind_of(model))
     name = next(iter(attached(model)), "")
-    job = Job(config, model, tokenizer, objective, name, Encoding(), [], examples, {}, notes=notes)
+    tokenizer, processor = parted(tokenizer)
+    job = Job(config, model, tokenizer, objective, name, Encoding(), [], examples, {}, notes=notes, processor=processor)
     job.encoding = Encoding(
         max_length=longest(job),
         train_on=getattr(objective, "train_on", "assistant"),
         decoder=kind_of(model) == "seq2seq" and not objective.task_head,
         **prompted(model, name),
+        media=job.media,
     )
+    if shown is not None:
+        unread(job)
     told(job, "data", examples)
     scored = score(job, examples) if shown is None else few_shot(job, examples, read([shown], config, notes))
     found = {"rows": len(examples), **scored.numbers, "intervals": known_bounds(intervals(scored))}
