@@ -39,7 +39,8 @@ def check(
     tokenizer, encoding = None, Encoding()
     if model is not None:
         from deltatune.data.media import reader
-        from deltatune.train.job import model_config, open_tokenizer, places
+        from deltatune.train.job import model_config, open_tokenizer
+        from deltatune.train.lengths import places
         from deltatune.zoo import model_path
 
         path = model_path(model)

@@ -57,7 +57,12 @@ def pad(rows: Sequence[Encoded], pad_id: int, side: str = "right") -> Batch:
     if side not in ("right", "left"):
         raise ValueError(f"side: {side!r} is neither 'right' nor 'left'.{nearest(side, ('right', 'left'))}")
     return replace(
-        Batch(stacked(rows) or _tokens(rows, pad_id, side), _labels(rows, side), mask_at=_mask_at(rows, side), choices=_choices(rows)),
+        Batch(
+            stacked(rows) or _tokens(rows, pad_id, side),
+            _labels(rows, side),
+            mask_at=_mask_at(rows, side),
+            choices=_choices(rows),
+        ),
         where=tuple(row.where for row in rows),
         reading=tuple(row.reading for row in rows),
     )
@@ -74,7 +79,7 @@ def _tokens(rows: Sequence[Encoded], pad_id: int, side: str) -> dict[str, Tensor
     return inputs
 
 
-def stacked(rows: Sequence[Any]) -> dict[str, Tensor]:
+def stacked(rows: Sequence[Encoded]) -> dict[str, Tensor]:
     """The model's inputs of rows of pictures or sounds, which are read here; {} for rows of tokens."""
     found = [row.read() for row in rows if row.read is not None]
     assert len(found) in (0, len(rows)), "a model reads rows of one kind"

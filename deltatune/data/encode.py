@@ -240,7 +240,9 @@ class Encoder:
         Virtual ids stand after the leading special tokens: an encoder's head reads the first token, which stays [CLS].
         """
         if example.media is not None or self.options.media is not None:
-            return Encoded((), None, target(example.label, names, example.where), where=example.where, **self.seen(example))
+            return Encoded(
+                (), None, target(example.label, names, example.where), where=example.where, **self.seen(example)
+            )
         found = self.around(example)
         ids, types, _ = self.fronted(found)
         return Encoded(ids, None, target(example.label, names, example.where), types, where=example.where)

@@ -36,7 +36,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """One row. `media`: its picture or sound. `extra` keeps what later objectives read: chosen, rejected, desirable, completions, id."""
+    """One row. `media`: its picture or sound.
+
+    `extra` keeps what later objectives read: chosen, rejected, desirable, completions, id.
+    """
 
     where: str
     turns: tuple[Turn, ...] = ()

@@ -206,7 +206,9 @@ def _sounded(value: Mapping[str, Any], faults: Faults) -> Example:
 
 def _transcribed(value: Mapping[str, Any], faults: Faults) -> Example:
     name = first(value, TRANSCRIPTS)
-    return Example(faults.where, media=media(value["audio"], "audio", faults), completion=text(value[name], name, faults))
+    return Example(
+        faults.where, media=media(value["audio"], "audio", faults), completion=text(value[name], name, faults)
+    )
 
 
 def _untold(value: Mapping[str, Any], faults: Faults) -> Example:

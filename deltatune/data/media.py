@@ -7,7 +7,7 @@ import importlib
 import io
 import json
 import wave
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import gcd
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .fields import Faults, what
@@ -34,7 +33,7 @@ FORMS = {
 
 @dataclass(frozen=True, eq=False)
 class Media:
-    """A row's picture or sound. kind: image or audio; source: a path, a file's bytes, or an array (a sound's at `rate`).
+    """A row's picture or sound. kind: image or audio; source: a path, a file's bytes, or an array (sounds: at `rate`).
 
     Arrays: pictures [height, width(, channels)] of 0 to 255, sounds [samples(, channels)] in -1 to 1.
     """
@@ -83,7 +82,7 @@ class Media:
         try:
             samples, own = (self.source, self.rate) if isinstance(self.source, np.ndarray) else _samples(self)
         except (OSError, EOFError, RuntimeError, ValueError, wave.Error) as error:
-            if isinstance(error, BadRow):
+            if isinstance(error, Missing):
                 raise
             raise self.broken("sound", error, "Save it again as wav or flac") from None
         samples = np.asarray(samples, dtype=np.float32)
@@ -98,13 +97,17 @@ class Media:
         return self.bad(f"broken_{self.kind}", reason, f"{fix}, or leave the row out")
 
 
+class Missing(ValueError):
+    """A library that is not installed."""
+
+
 def _needs(module: str) -> Any:
-    """An optional library, or a ValueError that says how to get it."""
+    """An optional library, or Missing, which says how to get it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         extra, package = EXTRAS[module]
-        raise ValueError(f"reading {extra} files needs {package}: pip install 'deltatune[{extra}]'") from error
+        raise Missing(f"reading {extra} files needs {package}: pip install 'deltatune[{extra}]'") from error
 
 
 def _samples(sound: Media) -> tuple[np.ndarray, int]:
@@ -114,7 +117,7 @@ def _samples(sound: Media) -> tuple[np.ndarray, int]:
             if file.getsampwidth() == 2:
                 raw, channels, rate = file.readframes(file.getnframes()), file.getnchannels(), file.getframerate()
                 return np.frombuffer(raw, dtype="<i2").reshape(-1, channels).astype(np.float32) / 32768, rate
-    except wave.Error:
+    except (wave.Error, EOFError):
         pass
     found, rate = _needs("soundfile").read(sound.file(), dtype="float32", always_2d=True)
     return found, rate
@@ -169,12 +172,14 @@ def _array(value: Mapping[str, Any], kind: str, faults: Faults) -> Media | None:
     try:
         found = np.asarray(value["array"], dtype=np.float32)
     except (ValueError, TypeError):
-        found = np.zeros(0)
+        found = np.zeros(0, dtype=np.float32)
     sizes = (1, 2) if kind == "audio" else (2, 3)
     if found.ndim not in sizes or not found.size:
         faults.add("data_type", kind, f"the array is none of numbers with {sizes[0]} or {sizes[1]} axes", FORMS[kind])
     elif kind == "audio" and (isinstance(rate, bool) or not isinstance(rate, int) or rate < 1):
-        faults.add("missing_field", "audio.sampling_rate", f"it is {short(rate)}, not a whole number of Hz", FORMS[kind])
+        faults.add(
+            "missing_field", "audio.sampling_rate", f"it is {short(rate)}, not a whole number of Hz", FORMS[kind]
+        )
     else:
         return Media(kind, found, rate if kind == "audio" else None, faults.where)
     return None
@@ -317,11 +322,11 @@ class Reader:
 
     def framed(self, features: Tensor) -> Tensor:
         """Features as they are; ValueError where the processor's window is not the model's."""
-        positions = getattr(self.config, "max_source_positions", None)
-        if self.config.model_type == "whisper" and features.shape[-1] != 2 * positions:
-            seconds = 2 * positions * self.processor.hop_length / self.processor.sampling_rate
+        frames = 2 * int(getattr(self.config, "max_source_positions", 0))  # two by the stride of the convolutions
+        if self.config.model_type == "whisper" and features.shape[-1] != frames:
+            seconds = frames * self.processor.hop_length / self.processor.sampling_rate
             raise ValueError(
-                f"the processor makes {features.shape[-1]} frames, the model reads {2 * positions}: "
+                f"the processor makes {features.shape[-1]} frames, the model reads {frames}: "
                 f"give it chunk_length={seconds:g} (seconds)"
             )
         return features
@@ -338,6 +343,12 @@ class Wordless:
     def __call__(self, *texts: Any, **options: Any) -> Any:
         raise ValueError("this model reads no text: give rows with pictures or sounds (columns image or audio)")
 
+    def add_tokens(self, tokens: Sequence[str]) -> int:
+        return self(*tokens) if tokens else 0
+
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int]:
+        return self(*tokens) if tokens else []
+
     def __len__(self) -> int:
         return 0
 
@@ -350,4 +361,6 @@ def parted(given: Any) -> tuple[Any, Any]:
     processor = getattr(given, "image_processor", None) or getattr(given, "feature_extractor", None)
     if processor is not None:
         return getattr(given, "tokenizer", None) or Wordless(), processor
-    return (Wordless(), given) if hasattr(given, "model_input_names") and not hasattr(given, "decode") else (given, None)
+    return (
+        (Wordless(), given) if hasattr(given, "model_input_names") and not hasattr(given, "decode") else (given, None)
+    )

@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from ..core.attach import rows_of
 from ..core.state import STATE, State
 from ..core.store import virtual_ids
-from ..data.batch import stacked
-from ..data.encode import Encoded, edges
-from ..data.media import reader
 from .cache import prefilled, room, shared
+from .hear import heard, hears, listened, opening
 
 
 @dataclass(frozen=True)
@@ -94,8 +92,8 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[Any], settings: Decodi
     seq2seq = bool(model.config.is_encoder_decoder)
     soft = soft_prompt(model, settings)
     prompts = heard(model, prompts)
-    front = opening(model, tokenizer) if any(map(_read, prompts)) else []
-    rows = [front if _read(p) else _steered(ids_of(tokenizer, p, seq2seq), soft) for p in prompts]
+    front = opening(model, tokenizer) if any(map(hears, prompts)) else []
+    rows = [front if hears(p) else _steered(ids_of(tokenizer, p, seq2seq), soft) for p in prompts]
     fits(rows, model, settings.max_new_tokens)
     found: list[list[int]] = [[] for _ in rows]
     start, budget = time.perf_counter(), settings.batch_tokens or room(model) // settings.beams
@@ -103,37 +101,13 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[Any], settings: Decodi
         sizes = [max(len(r), getattr(p, "size", 0)) for r, p in zip(rows, prompts, strict=True)]
         for group in grouped(sizes, settings.max_new_tokens, budget):
             with rows_of(model, group, len(rows)):
-                asked = [prompts[i] if _read(prompts[i]) else rows[i] for i in group]
-                make = _told if front else _batch
-                for i, new in zip(group, make(model, tokenizer, asked, settings), strict=True):
+                asked = [prompts[i] if hears(prompts[i]) else rows[i] for i in group]
+                for i, new in zip(group, _batch(model, tokenizer, asked, settings), strict=True):
                     found[i] = new
     seconds = time.perf_counter() - start
     ends = stop_ids(model, tokenizer) | ({tokenizer.pad_token_id} - {None})  # padding follows a row that ended early
     done = [_finish(tokenizer, new, ends, settings.stop) for new in found]
     return Answers([d.text for d in done], sum(d.tokens for d in done), seconds, sum(d.cut for d in done))
-
-
-def _read(prompt: Any) -> Any:
-    return getattr(prompt, "read", None)
-
-
-def heard(model: Any, prompts: Sequence[Any]) -> Sequence[Any]:
-    """Examples of sounds as encoded rows; every other prompt as it is. BadRow where the model hears no sound."""
-    if not any(getattr(prompt, "media", None) is not None for prompt in prompts):
-        if reader(model.config) is not None and not all(map(_read, prompts)):
-            raise ValueError(f"{type(model).__name__} writes what it hears: give rows with a column audio, not text")
-        return prompts
-    found = reader(model.config)
-    if found is None:
-        example = next(p for p in prompts if getattr(p, "media", None) is not None)
-        raise ValueError(f"{example.where}: {type(model).__name__} reads text, the row holds an {example.media.kind}")
-    return [Encoded((), None, where=p.where, **found.row(p.media, p.where)) for p in prompts]
-
-
-def opening(model: Any, tokenizer: Any) -> list[int]:
-    """The ids that a decoder's text begins with: its start token, and what the tokenizer puts before a text."""
-    start, front = model.config.decoder_start_token_id, edges(tokenizer)[0]
-    return front if front[:1] == [start] else [start, *front]
 
 
 def can_generate(model: Any) -> None:
@@ -393,44 +367,36 @@ def _defaults(model: Any, config: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _batch(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: Decoding) -> list[list[int]]:
+def _batch(model: Any, tokenizer: Any, rows: Sequence[Any], settings: Decoding) -> list[list[int]]:
     """The new ids of each row of one batch, padding and end tokens included."""
-    seq2seq = bool(model.config.is_encoder_decoder)
+    from transformers import GenerationMixin
+
+    sounds, seq2seq = hears(rows[0]), bool(model.config.is_encoder_decoder)
     start = 0 if seq2seq or settings.beams > 1 else shared(model, rows)
-    ids, mask = padded([row[start:] for row in rows], padding_id(model, tokenizer), left=not seq2seq)
-    front = torch.tensor([rows[0][:start]] * len(rows), dtype=torch.long).view(len(rows), start)
-    mask = torch.cat([torch.ones_like(front), mask], 1).to(model.device)
-    ids = torch.cat([front, ids], 1).to(model.device)
-    skip = 1 if seq2seq else ids.shape[1]
+    inputs = listened(model, tokenizer, rows) if sounds else _written(model, tokenizer, rows, start)
+    skip = inputs["decoder_input_ids"].shape[1] if sounds else 1 if seq2seq else inputs["input_ids"].shape[1]
     more: dict[str, Any] = {}
     if settings.repetition_penalty != 1:
-        seen = mask[:, :0] if seq2seq else mask
+        seen = inputs["attention_mask"][:, : 0 if seq2seq else None]
         more["logits_processor"] = _list("LogitsProcessorList", Repetition(settings.repetition_penalty, seen))
     if settings.stop:
         more["stopping_criteria"] = _list("StoppingCriteriaList", Stop(tokenizer, settings.stop, skip))
+    # the plain search for sounds: Whisper's own generate is for long sound, which it decodes window by window
+    search = GenerationMixin.generate if sounds else type(model).generate
     with _defaults(model, _config(model, tokenizer, settings)), torch.no_grad():
         if not seq2seq and model._supports_default_dynamic_cache():
-            more["past_key_values"] = prefilled(model, ids[:, :start])
-        out = model.generate(input_ids=ids, attention_mask=mask, **more)
+            more["past_key_values"] = prefilled(model, inputs["input_ids"][:, :start])
+        out = search(model, **inputs, **more)
     return out[:, skip:].tolist()
 
 
-def _told(model: Any, tokenizer: Any, rows: Sequence[Any], settings: Decoding) -> list[list[int]]:
-    """The new ids of one batch of sounds: the plain search, as Whisper's own generate decodes long sound in windows."""
-    from transformers import GenerationMixin
-
-    inputs = {name: tensor.to(model.device, model.dtype) for name, tensor in stacked(rows).items()}
-    (first, *_) = inputs.values()
-    inputs["attention_mask"] = torch.ones(len(rows), first.shape[-1], dtype=torch.long, device=model.device)
-    front = torch.tensor([opening(model, tokenizer)] * len(rows), device=model.device)
-    more: dict[str, Any] = {}
-    if settings.repetition_penalty != 1:
-        more["logits_processor"] = _list("LogitsProcessorList", Repetition(settings.repetition_penalty, front[:, :0]))
-    if settings.stop:
-        more["stopping_criteria"] = _list("StoppingCriteriaList", Stop(tokenizer, settings.stop, front.shape[1]))
-    with _defaults(model, _config(model, tokenizer, settings)), torch.no_grad():
-        out = GenerationMixin.generate(model, **inputs, decoder_input_ids=front, **more)
-    return out[:, front.shape[1] :].tolist()
+def _written(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], start: int) -> dict[str, Tensor]:
+    """Prompts padded to one length, the side by the family; their common beginning of `start` tokens stays in front."""
+    left = not model.config.is_encoder_decoder
+    ids, mask = padded([row[start:] for row in rows], padding_id(model, tokenizer), left=left)
+    front = torch.tensor([rows[0][:start]] * len(rows), dtype=torch.long).view(len(rows), start)
+    mask = torch.cat([torch.ones_like(front), mask], 1).to(model.device)
+    return {"input_ids": torch.cat([front, ids], 1).to(model.device), "attention_mask": mask}
 
 
 def _list(kind: str, item: Any) -> Any:

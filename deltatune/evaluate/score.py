@@ -14,7 +14,8 @@ from ..core.attach import takes_packed
 from ..data.batch import Batching, plan, side_by_side
 from ..data.encode import Encoded
 from ..data.example import Example
-from .generate import Decoding, answers, evaluating, fits, opening
+from .generate import Decoding, answers, evaluating, fits
+from .hear import opening
 from .incontext import Prompt, Search, best_untuned
 from .intervals import difference, interval, plain
 from .metrics import answer, find, for_task, perplexity

@@ -51,7 +51,9 @@ class Classify:
         """Class names and kind from the training rows."""
         unlabelled = next((e.where for e in examples if e.label is None), None)
         if unlabelled:
-            raise ValueError(f"{unlabelled}: classify needs a label in every row (columns text, image or audio, and label)")
+            raise ValueError(
+                f"{unlabelled}: classify needs a label in every row (columns text, image or audio, and label)"
+            )
         if self.labels is None:
             refuse_mixed(examples)
         names = self.labels if self.labels is not None else label_names(examples)

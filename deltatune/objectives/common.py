@@ -24,7 +24,8 @@ IGNORE = -100
 def load(auto: str, path: Path | str, **options: Any) -> Any:
     """A transformers Auto class's from_pretrained: safetensors only, never remote code, nothing but a new head missing.
 
-    Weights that the checkpoint lacks (a pooler, a head) are drawn from a fixed seed: the base is the same every time.
+    A head of other classes than the rows have is a new one too. Weights that the checkpoint lacks (a pooler, a head)
+    are drawn from a fixed seed: the base is the same every time.
     """
     import transformers
 
@@ -32,9 +33,13 @@ def load(auto: str, path: Path | str, **options: Any) -> Any:
     with quiet(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         opener = getattr(transformers, auto).from_pretrained
-        model, info = opener(path, use_safetensors=True, output_loading_info=True, **options)
+        headed = {"ignore_mismatched_sizes": True} if auto in HEADED else {}
+        model, info = opener(path, use_safetensors=True, output_loading_info=True, **headed, **options)
     heads = tuple(head_modules(model)) if auto in HEADED else ()
-    lost = sorted(k for k in info["missing_keys"] if not (heads and k.startswith(heads)) and "pooler" not in k)
+    sizes = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    lost = sorted(
+        k for k in {*info["missing_keys"], *sizes} if not (heads and k.startswith(heads)) and "pooler" not in k
+    )
     if lost:
         raise ValueError(
             f"{path} lacks {len(lost)} weights that {type(model).__name__} needs, such as {lost[0]}: "
@@ -57,7 +62,7 @@ def name_classes(model: Any, names: list[str]) -> Any:
     if names:
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {n: i for i, n in enumerate(names)}
-    if model.config.pad_token_id is None:
+    if getattr(model.config, "pad_token_id", 0) is None:  # models of pictures have none
         model.config.pad_token_id = model.config.eos_token_id
     return model
 
