@@ -17,7 +17,7 @@ from deltatune.data.batch import pack, pad
 from deltatune.data.check import leaks
 from deltatune.data.encode import Encoding
 from deltatune.data.example import Example
-from deltatune.data.formats import load
+from deltatune.data.formats import load, sniff
 from deltatune.data.media import Media, Reader, Wordless, parted, reader, reads
 from deltatune.evaluate.generate import Decoding, answers, generate
 from deltatune.evaluate.hear import opening
@@ -28,10 +28,13 @@ from deltatune.train.run import evaluate_file, open_adapted, run
 from models import BEYOND_TEXT, IMAGE, MELS, tiny
 from test_commands import call
 
-PIL = pytest.importorskip("PIL.Image")
 RATE = 16_000
 FRAMES = 100  # a window of one second, 10 ms a frame
 LETTERS = "abcdefgh"
+
+
+def pil():
+    return pytest.importorskip("PIL.Image")
 
 
 # ---- models and rows -------------------------------------------------------------------------------------------------
@@ -66,6 +69,7 @@ def whisper(folder, task="lm"):
 
 
 def eyes(family):
+    pil()
     kind = {"vit": hf.ViTImageProcessorPil, "clip": hf.CLIPImageProcessorPil}[family]
     size = {"height": IMAGE, "width": IMAGE}
     return kind(size=size, crop_size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -103,7 +107,7 @@ def pictures(folder, count=16):
     draw, rows = np.random.default_rng(0), []
     for i in range(count):
         values = draw.integers(0, 60, (12, 10, 3)) + 180 * (i % 2)
-        PIL.fromarray(values.astype(np.uint8)).save(folder / f"{i}.png")
+        pil().fromarray(values.astype(np.uint8)).save(folder / f"{i}.png")
         rows.append({"image": f"{i}.png", "label": ("dark", "bright")[i % 2]})
     return t.lines(folder / "rows.jsonl", rows)
 
@@ -138,6 +142,11 @@ def test_a_rows_columns_tell_what_it_is(columns, tmp_path):
     assert (example.kind, example.media and example.media.kind) == KINDS[columns]
 
 
+def test_the_formats_of_pictures_and_sounds_are_told_by_their_columns():
+    names = {sniff(columns) for columns, (_, media) in KINDS.items() if media}
+    assert names == {"image_classification", "audio_classification", "transcription", "media"}
+
+
 def test_a_path_is_relative_to_its_file_wherever_the_run_begins(tmp_path, monkeypatch):
     rows = sounds(tmp_path / "deep", 2)
     monkeypatch.chdir(tmp_path)
@@ -163,7 +172,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_what_cannot_be_a_row_is_told_with_its_place_and_a_way_out(name, tmp_path):
     row, reason, fix = FAULTS[name]
-    PIL.new("RGB", (4, 4)).save(tmp_path / "1.png")
+    (tmp_path / "1.png").write_bytes(b"a picture")
     tone(tmp_path / "1.wav", 300)
     with pytest.raises(ValueError) as told:
         load(t.lines(tmp_path / "rows.jsonl", [row]))
@@ -180,7 +189,7 @@ def parquet(path, rows):
 
 
 def test_bytes_and_arrays_of_a_column_file_hold_what_the_files_held(tmp_path):
-    PIL.new("RGB", (4, 4), (9, 200, 30)).save(tmp_path / "1.png")
+    pil().new("RGB", (4, 4), (9, 200, 30)).save(tmp_path / "1.png")
     form = tone(tmp_path / "1.wav", 300)
     held = {"bytes": (tmp_path / "1.png").read_bytes(), "path": "gone.png"}
     (row,) = load(parquet(tmp_path / "a.parquet", [{"image": held, "label": "x"}]))[0]
@@ -210,7 +219,7 @@ def test_other_files_are_read_by_soundfile(name, kind, tmp_path):
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
 def test_a_picture_of_any_mode_is_read_as_rgb(mode, tmp_path):
-    PIL.new("RGB", (5, 4), (200, 200, 200)).convert(mode).save(tmp_path / "x.tiff")
+    pil().new("RGB", (5, 4), (200, 200, 200)).convert(mode).save(tmp_path / "x.tiff")
     found = np.asarray(Media("image", tmp_path / "x.tiff").picture())
     assert found.shape == (4, 5, 3)
     assert (abs(found.astype(int) - 200) < 6).all()
@@ -250,7 +259,7 @@ def test_which_models_read_what():
 
 def test_a_row_is_what_the_processor_makes_of_it(tmp_path):
     tone(tmp_path / "x.wav", 300)
-    PIL.effect_noise((9, 9), 80).save(tmp_path / "x.png")
+    pil().effect_noise((9, 9), 80).save(tmp_path / "x.png")
     heard = Reader(listener().config, "audio", ears())
     seen = Reader(tiny("vit").config, "image", eyes("vit"))
     sound, image = Media("audio", tmp_path / "x.wav"), Media("image", tmp_path / "x.png")
