@@ -386,6 +386,7 @@ def test_a_classifier_of_other_classes_gets_a_new_head(tmp_path):
 
 
 def test_rows_in_python_are_written_trained_on_and_named(tmp_path):
+    pil()
     draw = np.random.default_rng(0)
     rows = [{"image": draw.integers(0, 60, (8, 8)) + 180 * (i % 2), "label": i % 2, "idx": i} for i in range(16)]
     path = keep_rows(rows, tmp_path / "kept")

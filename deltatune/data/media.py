@@ -13,6 +13,7 @@ from functools import cached_property, partial
 from math import gcd
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor
@@ -245,7 +246,7 @@ class Reader:
 
     def __init__(self, config: Any, kind: str, processor: Any = None):
         self.config, self.kind, self.given = config, kind, processor
-        self.kept: dict[Media, dict[str, Tensor]] = {}
+        self.kept: WeakKeyDictionary[Media, dict[str, Tensor]] = WeakKeyDictionary()  # gone with its row
         self.room = CACHE_BYTES
 
     @cached_property
