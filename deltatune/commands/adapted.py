@@ -117,6 +117,8 @@ def prompts_of(ref: str, record: Mapping[str, Any] = MappingProxyType({})) -> li
 
 def question(example: Any) -> str:
     """The text of a row that is answered: its prompt, or the turns before the last answer, one paragraph each."""
+    if example.media is not None:
+        return str(example.media.name)
     if not example.turns:
         return str(example.prompt if example.prompt is not None else example.text or "")
     turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns

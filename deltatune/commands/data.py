@@ -39,14 +39,15 @@ def check(
 
     tokenizer, encoding = None, Encoding()
     if model is not None:
-        from deltatune.train.job import places
+        from deltatune.data.media import reader
+        from deltatune.train.lengths import places
         from deltatune.train.opening import model_config, open_tokenizer
         from deltatune.zoo import model_path
 
         path = model_path(model)
         tokenizer, about = open_tokenizer(path), model_config(path)
         room = min(max_length, places(about) or max_length)
-        encoding = Encoding(max_length=room, decoder=bool(about.is_encoder_decoder))
+        encoding = Encoding(max_length=room, decoder=bool(about.is_encoder_decoder), media=reader(about))
     how = Reading(None if reads.format == "auto" else reads.format, reads.columns, encoding)
     report = look(file, tokenizer, eval_, how)
     if machine():

@@ -14,6 +14,7 @@ from ..data.batch import Batching, plan
 from ..data.encode import Encoded
 from ..data.example import Example
 from .generate import Decoding, answers, evaluating, fits
+from .hear import opening
 from .incontext import Prompt, Search, best_untuned
 from .intervals import difference, interval, plain
 from .metrics import answer, find, for_task, perplexity
@@ -72,7 +73,8 @@ def measurable(job: Job, examples: Sequence[Example]) -> None:
     if scored and job.objective.name == "sft" and getattr(job.model, "can_generate", lambda: False)():
         for prompt in prompts_of(job, scored):
             try:
-                fits([prompt.ids], job.model, job.config.eval.max_new_tokens)
+                ids = opening(job.model, job.tokenizer) if prompt.read else prompt.ids
+                fits([ids], job.model, job.config.eval.max_new_tokens)
             except ValueError as error:
                 raise ValueError(f"{prompt.where}: {error} (eval.max_new_tokens)") from None
     perfect = [getattr(job.objective, "perfect", lambda r: r)(r) for r in references]
@@ -130,7 +132,7 @@ def classify(job: Job, examples: Sequence[Example]) -> list[Any]:
     own = job.measured(examples)
     rows = [row for windows in own for row in windows]
     found: list[Any] = [None] * len(rows)
-    lengths = [len(r.ids) for r in rows]
+    lengths = [r.length for r in rows]
     for group in plan(lengths, Batching(tokens=max(BATCH_TOKENS, max(lengths)), group=True)):
         for i, said in zip(group, read(job.model, job.batch([rows[i] for i in group], False)), strict=True):
             found[i] = said

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ..core.store import add_tokens
 from ..data.batch import Batch, Batching, pack, pad, plan, side_by_side
 from ..data.encode import Encoded, Encoding, encoder
 from ..data.example import Example
+from ..data.media import Reader, parted, reader
 from ..data.mix import Mixture
 from ..data.problems import BadRow, Problems
 from ..data.sources import task_of
@@ -34,6 +36,7 @@ from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
 from . import memory
+from .lengths import fitting, longest, unread
 from .opening import DTYPES, open_model, tokenizer_of
 from .prompts import check_prompts, with_tasks
 from .sampler import Sampler
@@ -41,7 +44,7 @@ from .sets import SAMPLE, read, read_sets, streamed, tasks
 from .streaming import Flow, Source
 
 ADAPTER = "default"
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+HEARS = ("classify", "sft")  # the objectives that take rows of pictures and sounds
 SELDOM = r"(pooler|head|classifier|score|embed|wte|wpe|rows)"  # keys without a gradient in many a batch
 
 
@@ -65,10 +68,16 @@ class Job:
     sizes: list[int] = field(default_factory=list)  # rows of each training set, where they are mixed
     fresh: bool = True  # the adapter was attached for this run, untrained
     kept: dict[tuple[int, Encoding], tuple[Example, list[Encoded]]] = field(default_factory=dict)  # of `measured`
+    processor: Any = None  # of pictures or sounds; None: the one that lies beside the model
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @cached_property
+    def media(self) -> Reader | None:
+        """What reads the rows' pictures or sounds; None for a model of text."""
+        return reader(self.model.config, self.processor)
 
     @property
     def pad_id(self) -> int:
@@ -109,7 +118,7 @@ class Job:
         if self.prompts > 1:
             rows = side_by_side(rows, self.encoding.prompt_sets, self.prompts)
         batch = pack(rows) if packs else pad(rows, self.pad_id)
-        return replace(batch, prompts=self.prompts, combine=self.encoding.combine).to(self.device)
+        return replace(batch, prompts=self.prompts, combine=self.encoding.combine).to(self.device, self.model.dtype)
 
     @property
     def prompts(self) -> int:
@@ -142,7 +151,7 @@ class Job:
         for example in examples:
             problems.accept()
             try:
-                self.ends(example)
+                self.suits(example)
                 how = encoding.of(example.task, example.where)
                 found.append(self.objective.encode(example, self.tokenizer, how))
             except BadRow as fault:
@@ -157,6 +166,14 @@ class Job:
         # with the example itself, whose id would otherwise be another's once it is gone
         self.kept |= {(id(e), how): (e, rows) for e, rows in zip(new, self.encoded(new, how), strict=True)}
         return [self.kept[id(e), how][1] for e in examples]
+
+    def suits(self, example: Example) -> None:
+        """BadRow for a row that the objective, or the model under it, cannot take."""
+        if example.media is not None and self.objective.name not in HEARS:
+            reason = f"{self.objective.name} asks with words, the row holds an {example.media.kind}"
+            fix = f"Choose one of the objectives {', '.join(HEARS)}"
+            raise BadRow("wrong_input", example.where, example.media.kind, reason, fix)
+        self.ends(example)
 
     def ends(self, example: Example) -> None:
         """An encoder-decoder classifies at the end-of-sequence token: BadRow for a text that holds one of its own."""
@@ -259,6 +276,7 @@ def bound(method: Any, tokenizer: Any) -> Any:
 def settle(job: Job) -> Job:
     """Bind the objective to the tokenizer, encode with the adapter's virtual ids in front, and pin what was `auto`."""
     check_prompts(settle_encoding(job))
+    job.notes += unread(job)
     job.rows = told(job, "training", job.train)
     if job.config.data.mix:
         job.sizes = set_sizes(job)
@@ -286,6 +304,7 @@ def settle_encoding(job: Job) -> Job:
         train_on=getattr(job.objective, "train_on", "assistant"),
         decoder=kind_of(job.model) == "seq2seq" and not job.objective.task_head,
         **prompted(job.model, job.adapter),
+        media=job.media,
     )
     return job
 
@@ -312,45 +331,6 @@ def told(job: Job, name: str, examples: Sequence[Example]) -> list[Encoded]:
         most = job.encoding.max_length
         job.notes.append(f"{name}: {cut} rows are cut to max_length {most}, {lost} tokens are lost")
     return rows
-
-
-def fitting(job: Job) -> None:
-    """ValueError for training rows that no batch can hold, before anything is measured."""
-    most = job.batching().tokens
-    long = {row.where: row.length for row in job.rows if most and row.length > most}
-    if long:
-        longest, shown = max(long.values()), ", ".join(list(long)[:5])
-        raise ValueError(
-            f"{len(long)} rows are longer than train.batch_tokens {most} ({shown}; up to {longest} tokens). "
-            f"Raise train.batch_tokens to {longest}, or lower train.max_length to {most}"
-        )
-
-
-def places(config: Any) -> int | None:
-    """How many positions a model of this configuration has; None: no fixed number."""
-    found = getattr(config, "max_position_embeddings", None)
-    if not isinstance(found, int) or found < 1:
-        return None
-    # some are numbered from after the padding id
-    return found - (int(config.pad_token_id or 0) + 1 if config.model_type in OFFSET_POSITIONS else 0)
-
-
-def longest(job: Job) -> int:
-    """train.max_length, or what the model has positions for."""
-    wanted, config = job.config.train.max_length, job.model.config
-    room = places(config)
-    if room is None:
-        return wanted
-    taken = known(job.model, job.adapter).shifts.get(job.adapter, 0) if job.adapter else 0
-    room -= taken
-    if room < 1:
-        raise ValueError(
-            f"the prefix leaves no room: {config.model_type} has {config.max_position_embeddings} positions, and the "
-            f"adapter takes {taken} of them; choose a shorter one"
-        )
-    if room < wanted:
-        job.notes.append(f"rows may have {room} tokens, not {wanted}: {config.model_type} has no more positions")
-    return min(room, wanted)
 
 
 def recomputes(job: Job) -> bool:
@@ -429,7 +409,7 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
     name = given["adapter"]
     if name not in attached(model):
         raise ValueError(f"adapter {name!r} is not attached: call attach(model, LoRA(...), name={name!r}) first")
-    tokenizer = given.get("tokenizer") or tokenizer_of(model)
+    tokenizer, processor = parted(given.get("tokenizer") or tokenizer_of(model))
     asked = DTYPES.get(config.train.precision, DTYPES.get(config.model.dtype))
     have = next(model.parameters()).dtype
     if asked not in (None, have):
@@ -451,9 +431,8 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
             f"attach(model, [LoRA(), Head()], name={name!r}), unless the head was trained before",
             stacklevel=3,
         )
-    return settle(
-        Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes, fresh=False)
-    )
+    job = Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes, fresh=False)
+    return settle(replace(job, processor=processor))
 
 
 def trains_head(model: nn.Module, name: str) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config import Config
 from ..core.quant import options, steady
+from ..data.media import Wordless, reads
 from ..zoo import dtype as best_dtype
 from ..zoo import model_path
 
@@ -32,11 +33,14 @@ def open_weights(config: Config, objective: Any) -> nn.Module:
 
 
 def open_tokenizer(path: Path | str) -> Any:
+    """The tokenizer of a folder or hub id, in whose place `Wordless` stands where a model of pictures has none."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if reads(model_config(path)):
+            return Wordless()
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{path} has no tokenizer that can be read ({first}): save one beside the model") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:

@@ -17,6 +17,7 @@ from ..core.store import load as load_adapter
 from ..core.store import read_manifest
 from ..data.encode import Encoding
 from ..data.example import Example
+from ..data.media import parted
 from ..evaluate.generate import Decoding
 from ..evaluate.incontext import Prompt, predict, reference
 from ..evaluate.retention import default_texts
@@ -25,6 +26,7 @@ from ..objectives import build as build_objective
 from ..zoo import model_path
 from .evidence import forgotten, general, known_bounds
 from .job import Job, settle_encoding, told
+from .lengths import unread
 from .opening import model_config, open_model, open_weights
 from .sets import measured, read
 
@@ -100,7 +102,10 @@ def recorded_fields(asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[
     return {name: {**(found.get(name) or {}), **(fields or {})}}
 
 
-OWN_HEADS = {"classify": "SequenceClassification", "tag": "TokenClassification"}
+OWN_HEADS = {
+    "classify": ("SequenceClassification", "ImageClassification", "AudioClassification"),
+    "tag": ("TokenClassification",),
+}
 
 
 def own_labels(ref: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def own_labels(ref: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]
     if fields.get("kind") == "regression":
         return dict(fields)
     config = model_config(model_path(ref))
-    if not any(OWN_HEADS[kind] in name for name in config.architectures or ()):
+    if not any(head in name for name in config.architectures or () for head in OWN_HEADS[kind]):
         raise ValueError(f"{ref} is no classifier, and no run says which classes there are: give --adapter RUN")
     if config.num_labels < 2:
         return {**fields, "kind": "regression"}
@@ -135,7 +140,11 @@ def evaluate_file(
     known = objective.name in ("sft", "qa") or bool(objective.labels) or getattr(objective, "kind", "") == "regression"
     objective = settled(objective, examples) if known else objective.fit(examples)
     name = next(iter(attached(model)), "")
-    job = settle_encoding(Job(config, model, tokenizer, objective, name, Encoding(), [], examples, {}, notes=notes))
+    tokenizer, processor = parted(tokenizer)
+    job = Job(config, model, tokenizer, objective, name, Encoding(), [], examples, {}, notes=notes, processor=processor)
+    settle_encoding(job)
+    if shown is not None:
+        unread(job)
     told(job, "data", examples)
     scored = score(job, examples) if shown is None else few_shot(job, examples, read([shown], config, notes))
     found = {"rows": len(examples), **scored.numbers, "intervals": known_bounds(intervals(scored))}
