@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -365,11 +366,11 @@ def _batch(model: Any, tokenizer: Any, rows: Sequence[Any], settings: Decoding, 
     drawn = settings.temperature > 0 and side > 1  # by Together
     config = _config(model, tokenizer, replace(settings, temperature=0) if drawn else settings)
     # the plain search for sounds: Whisper's own generate is for long sound, which it decodes window by window
-    search = GenerationMixin.generate if sounds else type(model).generate
+    search = partial(GenerationMixin.generate, model) if sounds else model.generate
     with _defaults(model, config), torch.no_grad():
         if not seq2seq and model._supports_default_dynamic_cache():
             more["past_key_values"] = prefilled(model, inputs["input_ids"][:, :start])
-        out = search(model, **inputs, **more)
+        out = search(**inputs, **more)
     return out[:, skip:].tolist()
 
 

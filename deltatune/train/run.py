@@ -119,7 +119,7 @@ def train(model: Any, objective: Any, *, data: Any, adapter: str = "default", ou
     """
     talks = "observers" not in given
     tokenizer, observers = given.pop("tokenizer", None), tuple(given.pop("observers", ()) or ())
-    if isinstance(data, Mapping) or (isinstance(data, list | tuple) and any(isinstance(r, Mapping) for r in data)):
+    if isinstance(data, list | tuple) and any(isinstance(row, Mapping) for row in data):
         raise ValueError("data names files: deltatune.keep_rows(rows, folder) writes rows to one, and returns its path")
     sections = sorted_out({"data": {"train": data}, "train": {}, "eval": {}}, given)
     goal = record(build_objective(objective))
