@@ -35,8 +35,8 @@ test-long: .venv/.dev
 
 # Our adapters against the `adapters` library, which wants an older transformers: an environment of its own.
 oracle-adapters: .venv/.dev .venv-adapters/.ready
-	.venv-adapters/bin/python tests/oracles/adapters_make.py build/oracle-adapters
-	PYTHONPATH=. $(PY) tests/oracles/adapters_compare.py build/oracle-adapters
+	OMP_NUM_THREADS=1 .venv-adapters/bin/python tests/oracles/adapters_make.py build/oracle-adapters
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(PY) tests/oracles/adapters_compare.py build/oracle-adapters
 
 .venv-adapters/.ready: .venv/.python
 	$(PYTHON) -m venv .venv-adapters

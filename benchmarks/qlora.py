@@ -17,7 +17,7 @@ from deltatune.core.attach import attach, disabled, trainable
 from deltatune.core.quant import scheme, size
 from deltatune.methods import build
 from deltatune.objectives import build as objective
-from deltatune.train.job import open_model
+from deltatune.train.opening import open_model
 from deltatune.train.optim import Optim, Optimizer
 
 

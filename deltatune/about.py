@@ -36,8 +36,10 @@ def record(name: str) -> dict[str, Any]:
 
 
 def recipe(found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The preset that has the paper's own settings: a preset is its own."""
-    name = found["name"] if found["kind"] == "preset" else found["recipe"]
+    """The preset that trains as the paper does: a method names it; a preset has it under its own name and `-paper`, or
+    is one itself."""
+    own = found["name"]
+    name = found.get("recipe") or next((n for n in (f"{own}-paper", own) if n in blocks.presets()), "")
     return record(name) if name else None
 
 

@@ -119,6 +119,9 @@ class Mix(Section):
     """tau of p ~ n^tau, n a set's rows: 1 keeps the sizes, 0 draws all sets alike."""
 
 
+READ = ("format", "columns")  # of `data`: how rows are read, which an adapter remembers
+
+
 class Data(Section):
     """Where the rows come from."""
 

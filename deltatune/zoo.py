@@ -321,14 +321,18 @@ def plain(model: Any) -> None:
         if hasattr(owner, name):
             delattr(owner, name)
     model.is_quantized = False
+    from deltatune.core.site import output_layer, reader
+
     tied = getattr(model.config, "tie_word_embeddings", False)
-    if tied and model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+    if tied and output_layer(model).weight is not reader(model).weight:
         raise ValueError("the embeddings should be tied after conversion and are not")
 
 
 def check_tokenizer(tokenizer: Any, model: Any) -> None:
     """Refuse a tokenizer that loses text, has no stop token, or names ids the model does not have."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    from deltatune.core.vocabulary import vocabulary
+
+    rows = vocabulary(model)
     if tokenizer.decode(tokenizer(GREETING, add_special_tokens=False).input_ids) != GREETING:
         raise ValueError("the converted tokenizer does not give back the text it was given")
     if tokenizer.eos_token_id is None:

@@ -140,11 +140,10 @@ def count_spottune(cell: Any, fields: dict[str, Any]) -> int:
 
 
 def count_gate(cell: Any, fields: dict[str, Any]) -> int:
-    """Each method's own, and d + 1 for each of its places: all linear layers, attention, and after "o" and "down",
-    whose outputs an adapter reads."""
+    """Each method's own, and (width read) + 1 for each place: all linear layers, attention, behind "o" and "down"."""
     attention, ffn, _, _ = shape(cell)
     inner = sum(COUNTS[name](cell, own) for part in fields["of"] for name, own in part.items())
-    return inner + sum(i + 1 for i, _ in linears(cell, {})) + attention * 33 + (attention + ffn) * 33
+    return inner + sum(i + 1 for i, _ in linears(cell, {})) + attention * 33 + attention * 33 + ffn * 33
 
 
 def beyond(cell: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers as hf
@@ -9,15 +11,33 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from conformance import logits
-from deltatune import Gate, Head, LoRA, NewTokens, Prefix, Prompt, SpotTune, VisualPrompt, activate, attach
+from deltatune import (
+    Gate,
+    Head,
+    LoRA,
+    NewTokens,
+    Prefix,
+    Prompt,
+    SpotTune,
+    VisualPrompt,
+    activate,
+    attach,
+    detach,
+    load,
+    save,
+)
 from deltatune.core import attention, site
 from deltatune.core.attach import rows
 from deltatune.core.delta import Refusal
 from deltatune.core.fingerprint import fingerprint
+from deltatune.core.site import reader
 from deltatune.core.slot import deltas
+from deltatune.core.vocabulary import grow, vocabulary
 from deltatune.methods.visual import bound
+from deltatune.train.neftune import noise
 from models import BEYOND_TEXT, inputs, tiny
 from test_methods import fill
+from tiny_tokenizers import bert_like
 
 # family: (layers of each role, blocks, attention modules by kind, the layer that reads the input)
 ANATOMY = {
@@ -249,3 +269,42 @@ def test_fingerprints_tell_bases_apart(family):
     with torch.no_grad():
         first.weight += 1
     assert fingerprint(model) != fingerprint(tiny(family))
+
+
+def test_clip_is_asked_for_its_embeddings_in_one_place(tmp_path):
+    """CLIPModel raises where other models answer get_input_embeddings(): the text tower answers for it."""
+    model = tiny("clip")
+    with pytest.raises(NotImplementedError):
+        model.get_input_embeddings()
+    table = model.text_model.embeddings.token_embedding
+    ids = inputs(model)["input_ids"]
+    with noise(model.train(), 5.0, 0) as hook:
+        hook.start(1)
+        assert not torch.equal(table(ids), table.weight[ids])
+    assert torch.equal(table(ids), table.weight[ids])
+    with pytest.raises(ValueError, match="ViTForImageClassification has no token embedding"), noise(tiny("vit"), 1, 0):
+        pass
+    attach(model.eval(), Prompt(2), "a")
+    save(model, "a", tmp_path / "a")
+    assert load(tiny("clip"), tmp_path / "a") == "a"
+
+
+def test_clip_learns_words(tmp_path):
+    """Rows added to the text tower's table, trained, stored, loaded into another copy, taken out again."""
+    model, tokenizer = tiny("clip"), bert_like("a b c")
+    before = {key: t.clone() for key, t in model.state_dict().items()}
+    base = vocabulary(model)
+    grow(model, base + 2)
+    assert torch.equal(reader(model).weight[base:], reader(model).weight[:base].mean(0).expand(2, -1))
+    attach(model, NewTokens((base, base + 1)), "a")
+    fill(model, "a")
+    save(model, "a", tmp_path / "a")
+    told = json.loads((tmp_path / "a" / "deltatune.json").read_text())["base"]
+    assert (told["vocab"], told["grown_to"]) == (base, base + 2)
+    again = tiny("clip")
+    load(again, tmp_path / "a", "a", tokenizer=tokenizer)
+    assert vocabulary(again) == base + 2
+    assert torch.equal(reader(again).weight[base:], reader(model).weight[base:])
+    detach(again, "a")
+    assert all(torch.equal(t, again.state_dict()[key]) for key, t in before.items())
+    assert again.config.text_config.vocab_size == base

@@ -175,6 +175,40 @@ def test_several_adapters_are_merged_by_weight(made, other, tmp_path):
                                             code=2).stderr  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["merge", "RUN", "--density", "0.3"], "--density is for --how ties, dare, dare_ties: linear has no use"),
+        (["merge", "RUN", "--how", "ties", "--seed", "4"], "--seed is for --how dare, dare_ties: ties has no use"),
+        (["merge", "RUN", "--how", "svd"], "--how svd needs --rank N"),
+        (["merge", "RUN", "--weight", "nan"], "run must be a finite number, got nan"),
+        (["merge", "RUN", "--rank", "99"], "rank 99 is above every layer's: the largest of the 14 changed layers has"),
+        (["merge", "RUN", "--base", "x", "--adapter-only"], "--adapter-only writes no model: leave out --base"),
+        (["merge", "RUN", "--base", "EMPTY", "--how", "tyes"], "Did you mean 'ties'"),
+        (["merge", "RUN", "--model", "EMPTY"], "has no tokenizer that can be read"),
+        (["export", "RUN", "--lora", "--max-kl", "nan"], "--max-kl is a number of nats, 0 or more, got nan"),
+        (["export", "RUN", "--lora", "--rank", "1", "--energy", "0.5"], "--rank and --energy both say how much"),
+        (["extract", "--model", "x", "--tuned", "y", "--rank", "1", "--energy", "1"], "--rank and --energy both say"),
+    ],
+    ids=str,
+)
+def test_an_option_that_would_do_nothing_is_an_error(made, tmp_path, words, message):
+    (tmp_path / "EMPTY").mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(made / "model" / file, tmp_path / "EMPTY")
+    places = {"RUN": made / "run", "EMPTY": tmp_path / "EMPTY"}
+    told = call(*[places.get(word, word) for word in words], "--out", tmp_path / "out", code=2).stderr
+    assert message in " ".join(told.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_merge_costs_is_measured_where_it_is_asked_for(made, tmp_path):
+    told = answer("merge", made / "run", "--out", tmp_path / "a", "--data", made / "rows.jsonl")
+    assert 0 <= told["cost"]["kl"] < 1e-6
+    told = answer("merge", made / "run", "--how", "dare", "--seed", "1", "--out", tmp_path / "b")
+    assert (told["exact"], told["seed"]) == (False, 1)
+
+
 def test_an_adapter_is_exported_as_a_lora_with_its_kl(made, other, tmp_path):
     assert "--lora" in call("export", other, "--out", tmp_path / "a", code=2).stderr
     assert "full rank" in call("export", other, "--lora", "--out", tmp_path / "a", code=2).stderr

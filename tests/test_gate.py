@@ -50,7 +50,7 @@ def test_a_gate_multiplies_the_change(per):
         assert mine.abs().max() > 1e-6
 
 
-def test_an_adapters_gate_reads_what_the_adapter_reads():
+def test_a_gate_behind_the_feed_forward_layer_reads_its_output():
     """Section 3.2 of the paper: G_A is estimated from the adapter's direct input, which has the width of a token."""
     model = stirred("bert", Adapter(4, where=("ffn",), init="normal", init_std=0.3))
     layer, x = model.get_submodule(LAYER), x_of(48)
@@ -91,6 +91,35 @@ def test_a_gated_input_change():
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("where", ["ffn", "block"])
+def test_an_adapters_gate_reads_what_the_adapter_reads(family, where):
+    """h + g f(h), g from h too, not from what its layer reads; in front of a block's last norm, inside that norm."""
+    model = stirred(family, Adapter(4, where=(where,)))
+    delta = next(d for d in deltas(model) if hasattr(d, "gate"))
+    assert delta.gate.weight.shape == (1, 32)
+    layer, seen = model.get_submodule(delta.site.write), {}
+    layer.forward = keeping(layer.forward, seen)
+    layer.register_forward_hook(lambda m, args, y: seen.update(last=y))
+    model(**{k: v for k, v in inputs(model).items() if k != "labels"})
+    (x, h), *_ = seen["calls"]
+    g = torch.sigmoid(delta.gate(h)).mean(1, keepdim=True)
+    change = g * delta.inner.change(h, h)
+    normed = family == "bert" and where == "block"
+    expected = layer.forward(x + change) if normed else h + change
+    torch.testing.assert_close(seen["last"], expected, rtol=0, atol=1e-9)
+    assert (seen["last"] - h).abs().max() > 1e-2
+
+
+def keeping(forward, seen):
+    def kept(x, *args, **kwargs):
+        out = forward(x, *args, **kwargs)
+        seen.setdefault("calls", []).append((x, out))
+        return out
+
+    return kept
+
+
 def test_a_gated_prefix_has_scaled_keys_and_values():
     model = stirred("bert", Prefix(3))
     attention, x = model.bert.encoder.layer[0].attention.self, x_of(32)
@@ -126,6 +155,7 @@ def test_no_gate_reads_what_is_predicted(family):
 def test_unipelt_is_configuration():
     (method,) = build("unipelt")
     assert [type(m) for m in method.of] == [LoRA, Prefix, Adapter]
+    assert method.of[0].alpha == method.of[0].r  # the gate stands in place of alpha / r
     model = attach(tiny("bert"), method)
     assert sum("gate.weight" in k for k in parameters(model, "default")) == 4 + 2 + 2
 

@@ -337,7 +337,7 @@ def test_neftune_noise_is_bounded_private_and_only_in_training() -> None:
         model.eval()
         assert torch.equal(model.embed(ids), clean)
     assert not model.embed._forward_hooks
-    with pytest.raises(ValueError, match="Linear has no get_input_embeddings"), noise(nn.Linear(1, 1), 1.0, 0):
+    with pytest.raises(ValueError, match="Linear has no token embedding"), noise(nn.Linear(1, 1), 1.0, 0):
         pass
 
 

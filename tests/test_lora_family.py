@@ -244,6 +244,7 @@ def test_twenty_steps_are_pefts(case):
     expected = curve(theirs, given, {n: p for n, p in theirs.named_parameters() if p.requires_grad}, ratios)
     assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 2e-5
     assert ours[-1] < ours[0] - 0.05
+    close(logits(model.eval(), given), logits(theirs.eval(), given), 2e-5)
 
 
 @pytest.mark.parametrize("how", [{"use_dora": True}, {"use_dora": True, "use_rslora": True}, {"use_rslora": True}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 import tiny_run
+from deltatune import IA3, LoRA, attach, combine, detach, merge
 from deltatune.cli import main
 from deltatune.core import quant
+from deltatune.core.attach import parameters
+from deltatune.core.store import load, save
 from deltatune.train.optim import Optim, Optimizer
 from deltatune.train.use import merged, open_adapted
 from models import tiny
@@ -135,6 +139,21 @@ def call(*words: Any, code: int = 0) -> Any:
     return found
 
 
+@pytest.fixture(scope="module", autouse=True)
+def repacking() -> Iterator[None]:
+    """Every run below as on a CPU with AVX-512-bf16: bitsandbytes would re-pack each weight on its first evaluation.
+    (There is no kernel for that packing elsewhere: a weight that was re-packed ends the run with an error.)"""
+    if not quant_is_here():
+        yield
+        return
+    import bitsandbytes.nn.modules as theirs
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "has_avx512bf16", lambda: True)
+        assert getattr(theirs.Linear4bit(64, 64), quant.REPACKS) is True
+        yield
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run over an NF4 base, by way of the command line."""
@@ -204,3 +223,75 @@ def test_merging_on_the_command_line(made: Path, tmp_path: Path):
             )
     said = call("merge", made / "run", "--out", tmp_path / "again", "--data", made / "rows.jsonl")
     assert "what merging cost: KL" in said.output
+
+
+@pytest.fixture(scope="module")
+def others(made: Path) -> Path:
+    """Two more adapters over the same 4-bit base: a LoRA and one whose change has full rank."""
+    for name, method in (("lora", LoRA(r=2)), ("ia3", IA3())):
+        model, *_ = open_adapted(str(made / "model"), made / "run/adapter")
+        detach(model, "default")
+        torch.manual_seed(1)
+        attach(model, method, name)
+        with torch.no_grad():
+            for p in parameters(model, name).values():
+                p.add_(0.1 * torch.randn_like(p))
+        save(model, name, made / name, base=str(made / "model"))
+    return made
+
+
+def answer(*words: Any) -> Any:
+    return json.loads(call(*words, "--json").stdout)
+
+
+def said(model: Any, tokenizer: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([tokenizer("abc def").input_ids])).logits
+
+
+def test_several_over_nf4_become_one(others: Path, tmp_path: Path):
+    """Factors side by side, over the packed weights: 1 a - 0.5 b to the last digit, as an adapter and as a model."""
+    words = ["merge", others / "run", "--with", f"{others / 'lora'}:-0.5"]
+    told = answer(*words, "--adapter-only", "--out", tmp_path / "both")
+    assert told["exact"]
+    assert "cost" not in told  # nothing was rounded
+    model, tokenizer, _ = open_adapted(str(others / "model"), tmp_path / "both")
+    assert quant.scheme(model) == "nf4"
+    apart, *_ = open_adapted(str(others / "model"), others / "run/adapter")
+    load(apart, others / "lora", "b")
+    combine(apart, {"default": 1.0, "b": -0.5}, "sum")
+    assert torch.equal(said(model, tokenizer), said(apart, tokenizer))
+    onto = answer(*words, "--base", others / "model", "--out", tmp_path / "16")
+    assert onto["cost"]["kl"] > 0
+    whole, *_ = open_adapted(str(tmp_path / "16"), None)
+    plain_one = merge(apart, "sum", base=open_adapted(str(others / "model"), None)[0]).eval()
+    torch.testing.assert_close(said(whole, tokenizer), said(plain_one, tokenizer), rtol=1e-5, atol=1e-5)
+    into = answer(*words, "--out", tmp_path / "4")
+    assert into["cost"]["kl"] > 0
+    assert quant.scheme(open_adapted(str(tmp_path / "4"), None)[0]) == "nf4"
+
+
+def test_full_changes_over_nf4_are_cut_or_refused(others: Path, tmp_path: Path):
+    words = ["merge", others / "run", "--with", others / "ia3", "--out", tmp_path / "a"]
+    refused = call(*words, "--adapter-only", code=2)
+    assert "packed 4-bit ones cannot hold" in refused.stderr
+    assert "--rank" in refused.stderr
+    cut = answer(*words, "--rank", "8", "--adapter-only")
+    assert set(cut["ranks"].values()) == {8}
+    assert 0 < cut["error"] < 1
+    assert quant.scheme(open_adapted(str(others / "model"), tmp_path / "a")[0]) == "nf4"
+    one = answer("merge", others / "ia3", "--out", tmp_path / "one")  # a single one goes into the weights as it is
+    assert one["cost"]["kl"] > 0
+
+
+@pytest.mark.parametrize("words", [["--base", "x"], ["--data", "rows.jsonl"]])
+def test_an_adapter_alone_takes_no_model(made: Path, tmp_path: Path, words: list[str]):
+    told = call("merge", made / "run", "--adapter-only", *words, "--out", tmp_path / "a", code=2)
+    assert f"--adapter-only writes no model: leave out {words[0]}" in told.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_export_over_nf4(others: Path, tmp_path: Path):
+    told = answer("export", others / "ia3", "--lora", "--rank", "64", "--out", tmp_path / "a")
+    assert told["kl"] < 1e-6
+    assert json.loads((tmp_path / "a/deltatune.json").read_text())["base"]["quant"] == "nf4"

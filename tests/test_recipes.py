@@ -34,10 +34,10 @@ def trained(config: Config) -> dict:
 
 # ---- every method has its default, range, source and recipe ----------------------------------------------------------
 RECIPES = {
-    "adalora": "adalora-paper", "adapter": "houlsby", "bitfit": "bitfit-paper", "diffprune": "diffprune-paper",
+    "adalora": "adalora-paper", "adapter": "houlsby-paper", "bitfit": "bitfit-paper", "diffprune": "diffprune-paper",
     "dora": "dora-paper", "freeze": "freeze-paper", "full": "full-paper", "gate": "unipelt", "head": "head-paper",
-    "ia3": "t-few", "lora": "lora-paper", "prefix": "prefix-paper", "prompt": "prompt-paper",
-    "ptuning": "ptuning-paper", "select": "select-paper", "sparse": "sparse-adapter", "spottune": "spottune-full",
+    "ia3": "t-few-paper", "lora": "lora-paper", "prefix": "prefix-paper", "prompt": "prompt-paper",
+    "ptuning": "ptuning-paper", "select": "select-paper", "sparse": "sparse-adapter-paper", "spottune": "spottune-full",
     "tokens": "", "visual_prompt": "visual_prompt-paper",
 }  # fmt: skip
 
@@ -89,6 +89,7 @@ RATES = [
     ("pissa", 5e-3, "with pissa: it is likely to diverge"),
     ("qlora", 2e-4, None),
     ("mam", 5e-5, None),
+    ("mam-paper", 5e-5, None),
     ("unipelt", 1e-5, "hardly move"),
     ("a method nobody knows", 1e9, None),
 ]  # fmt: skip
@@ -119,14 +120,17 @@ BATCH = {"batch_tokens": None}
 NAMED = {  # method -> (train, objective, model.quant) where the user says nothing else
     "adapter": ({}, "sft", None),
     "lora": ({}, "sft", None),
-    "houlsby": (
+    "houlsby": ({}, "sft", None),  # a form: its training is the method's default
+    "houlsby-paper": (
         {"lr": 3e-4, "epochs": 5.0, "batch_rows": 32, "schedule": "linear", "warmup": 0.1, **BATCH}, "sft", None),
     "lora-paper": (
         {"lr": 5e-4, "epochs": 30.0, "batch_rows": 16, "schedule": "linear", "warmup": 0.06, "weight_decay": 0.1,
          **BATCH},
         "sft", None),
-    "qlora": ({"lr": 2e-4, "batch_rows": 16, "schedule": "constant", "clip": 0.3, **BATCH}, "sft", "nf4"),
-    "t-few": (
+    "qlora": ({}, "sft", "nf4"),
+    "qlora-paper": ({"lr": 2e-4, "batch_rows": 16, "schedule": "constant", "clip": 0.3, **BATCH}, "sft", "nf4"),
+    "t-few": ({"lr": 3e-3, "batch_rows": 16, **BATCH}, "choice", None),
+    "t-few-paper": (
         {"lr": 3e-3, "steps": 1000, "epochs": None, "batch_rows": 8, "optimizer": "adafactor", "schedule": "linear",
          "warmup": 60.0, **BATCH},
         "choice", None),
@@ -134,7 +138,7 @@ NAMED = {  # method -> (train, objective, model.quant) where the user says nothi
         {"lr": 0.3, "steps": 30000, "epochs": None, "batch_rows": 32, "optimizer": "adafactor", "schedule": "constant",
          "warmup": 0.0, "weight_decay": 1e-5, **BATCH},
         "sft", None),
-    "pissa": ({"lr": 2e-5, "batch_rows": 128, **BATCH}, "sft", None),
+    "pissa-paper": ({"lr": 2e-5, "batch_rows": 128, **BATCH}, "sft", None),
     "norm-tuning": ({"lr": 1e-4}, "sft", None),  # no training of its own: the method's default
     "full-paper": (
         {"lr": 2e-5, "epochs": 3.0, "batch_rows": 32, "schedule": "linear", "warmup": 0.1, "weight_decay": 0.01,
@@ -156,7 +160,7 @@ def test_naming_a_preset_is_the_papers_settings(name):
         assert again == resolve(config).config  # a run's own file gives the run
 
 
-OWN = [  # what the user gives beside `method: houlsby` -> what holds
+OWN = [  # what the user gives beside `method: houlsby-paper` -> what holds
     ({"train": {"lr": 1e-2}}, {"lr": 1e-2, "epochs": 5.0}),
     ({"learning_rate": 1e-2}, {"lr": 1e-2, "epochs": 5.0}),
     ({"train": {"steps": 7}}, {"steps": 7, "epochs": None}),
@@ -169,7 +173,7 @@ OWN = [  # what the user gives beside `method: houlsby` -> what holds
 
 @pytest.mark.parametrize(("own", "holds"), OWN, ids=[json.dumps(own) for own, _ in OWN])
 def test_a_users_own_value_wins(own, holds):
-    tree = {**SMALL, "method": "houlsby", **own}
+    tree = {**SMALL, "method": "houlsby-paper", **own}
     for config in (load(tree).config, Config(**tree)):
         found = resolve(config).config.train.model_dump()
         assert {k: found[k] for k in holds} == holds
@@ -180,13 +184,13 @@ def test_a_users_own_value_wins(own, holds):
     [
         (["train.lr=1e-2"], {"lr": 1e-2, "epochs": 5.0}),
         (["train.steps=7"], {"steps": 7, "epochs": None}),
-        (["lr=1e-2", "method=pfeiffer"], {"lr": 1e-2, "epochs": 30.0, "batch_rows": None}),
+        (["lr=1e-2", "method=pfeiffer-paper"], {"lr": 1e-2, "epochs": 30.0, "batch_rows": None}),
         (["method=adapter"], {"lr": 1e-3, "epochs": 1.0, "schedule": "cosine"}),
         (["method.adapter.bottleneck=8"], {"lr": 3e-4, "epochs": 5.0}),
     ],
 )
 def test_a_flag_wins_and_another_method_takes_its_recipe_with_it(sets, holds):
-    loaded = load({**SMALL, "method": "houlsby"}, [Override.parse(text) for text in sets])
+    loaded = load({**SMALL, "method": "houlsby-paper"}, [Override.parse(text) for text in sets])
     found = resolve(loaded.config).config.train.model_dump()
     assert {k: found[k] for k in holds} == holds
 
@@ -197,32 +201,35 @@ def test_a_preset_of_the_file_leaves_nothing_behind_when_a_flag_names_another_me
 
 
 def test_what_comes_from_a_preset_is_said():
-    said = "houlsby means train.lr: 0.0003, train.batch_rows: 32, train.epochs: 5, train.schedule: linear, "
+    said = "houlsby-paper means train.lr: 0.0003, train.batch_rows: 32, train.epochs: 5, train.schedule: linear, "
     said += "train.warmup: 0.1"
-    assert load({**SMALL, "method": "houlsby"}).notes == (said,)
-    assert load(SMALL, [Override("method", "houlsby", "--method")]).notes == (f"--method: {said}",)
-    text = "model: m\ndata: t\nmethod: houlsby\ntrain:\n  lr: 1e-2\n"
-    assert load(text).notes[0].startswith("config:3: houlsby means train.batch_rows: 32, train.epochs: 5")
-    assert load({**SMALL, "method": "t-few"}).notes[0].startswith("t-few means objective: choice, train.lr: 0.003")
+    assert load({**SMALL, "method": "houlsby-paper"}).notes == (said,)
+    assert load(SMALL, [Override("method", "houlsby-paper", "--method")]).notes == (f"--method: {said}",)
+    text = "model: m\ndata: t\nmethod: houlsby-paper\ntrain:\n  lr: 1e-2\n"
+    assert load(text).notes[0].startswith("config:3: houlsby-paper means train.batch_rows: 32, train.epochs: 5")
+    assert (
+        load({**SMALL, "method": "t-few-paper"})
+        .notes[0]
+        .startswith("t-few-paper means objective: choice, train.lr: 0.003")
+    )
 
 
 def test_of_two_presets_the_first_has_its_way_and_the_other_is_told():
-    loaded = load({**SMALL, "method": ["pfeiffer", "bitfit-paper"]})
+    loaded = load({**SMALL, "method": ["pfeiffer-paper", "bitfit-paper"]})
     assert (loaded.config.train.lr, loaded.config.train.epochs, loaded.config.train.batch_rows) == (1e-4, 30.0, 8)
     assert loaded.notes == (
-        "pfeiffer means train.lr: 0.0001, train.epochs: 30, train.schedule: linear",
-        "bitfit-paper also means train.lr: 0.001, but pfeiffer is named first",
-        "bitfit-paper also means train.epochs: 16, but pfeiffer is named first",
+        "pfeiffer-paper means train.lr: 0.0001, train.epochs: 30, train.schedule: linear",
+        "bitfit-paper also means train.lr: 0.001, but pfeiffer-paper is named first",
+        "bitfit-paper also means train.epochs: 16, but pfeiffer-paper is named first",
         "bitfit-paper means train.batch_rows: 8, train.clip: 1.0",
     )
-    assert loaded.config.presets == ("pfeiffer", "bitfit-paper")
+    assert loaded.config.presets == ("pfeiffer-paper", "bitfit-paper")
 
 
 def test_a_resolved_run_says_which_values_are_the_papers():
-    config = resolve(Config(**SMALL, method="houlsby", train={"epochs": 1})).config
-    said = (
-        "as houlsby (arXiv:1902.00751): train.lr 0.0003, train.batch_rows 32, train.schedule linear, train.warmup 0.1"
-    )
+    config = resolve(Config(**SMALL, method="houlsby-paper", train={"epochs": 1})).config
+    said = "as houlsby-paper (arXiv:1902.00751): train.lr 0.0003, train.batch_rows 32, train.schedule linear, "
+    said += "train.warmup 0.1"
     assert recipes(config) == [said]
     assert recipes(resolve(Config(**SMALL, method="adapter")).config) == []
 
@@ -236,11 +243,11 @@ def test_the_command_line_says_where_the_settings_come_from(tmp_path):
     tiny_run.chat_model(tmp_path / "model")
     tiny_run.chat_rows(tmp_path / "rows.jsonl", 8)
     words = ["train", "--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--dry-run"]
-    done = call(*words, "--method", "houlsby", "--set", "train.epochs=1")
+    done = call(*words, "--method", "houlsby-paper", "--set", "train.epochs=1")
     assert done.exit_code == 0, done.output
-    assert "--method: houlsby means train.lr: 0.0003, train.batch_rows: 32," in done.stderr
+    assert "--method: houlsby-paper means train.lr: 0.0003, train.batch_rows: 32," in done.stderr
     assert "lr: 0.0003\n" in done.stdout
-    assert "presets:\n- houlsby\n" in done.stdout
+    assert "presets:\n- houlsby-paper\n" in done.stdout
     assert "chosen: lr 0.001 (the default of adapter)" in call(*words, "--method", "adapter").stderr
 
 
@@ -251,11 +258,11 @@ def test_a_run_keeps_where_its_settings_come_from(tmp_path):
     tiny_run.chat_rows(tmp_path / "rows.jsonl", 8)
     files = {"model": str(tmp_path / "model"), "data": str(tmp_path / "rows.jsonl")}
     train = {"steps": 2, "batch_tokens": 160, "max_length": 128, "precision": "fp32", "lr": 2e-5}
-    run(Config(**files, method="pissa", train=train, eval={"retention": False}), out=tmp_path / "run")
+    run(Config(**files, method="pissa-paper", train=train, eval={"retention": False}), out=tmp_path / "run")
     kept = load(tmp_path / "run" / "config.yaml").config
-    assert (kept.presets, kept.train.lr, kept.train.steps) == (("pissa",), 2e-5, 2)
+    assert (kept.presets, kept.train.lr, kept.train.steps) == (("pissa-paper",), 2e-5, 2)
     report = (tmp_path / "run" / "report.md").read_text()
-    assert "as pissa (arXiv:2404.02948): train.lr 2e-05, train.schedule cosine, train.warmup 0.03" in report
+    assert "as pissa-paper (arXiv:2404.02948): train.lr 2e-05, train.schedule cosine, train.warmup 0.03" in report
     assert "| learning rate | ok |" in report or "hardly move" not in report  # lora's range would warn
 
 
@@ -304,15 +311,16 @@ def test_one_method_on_one_page():
         "source r: paper, table 9;", "paper's recipe lora-paper: the paper's LoRA as published for RoBERTa-base",
         '{"lora": {"alpha": 8, "init": "gaussian", "r": 8, "targets": ["q", "v"]}}',
         "settings lr 0.0005, batch_rows 16, epochs 30, schedule linear, warmup 0.06, weight_decay 0.1",
-        "merges yes", "peft type LORA", "presets lora-paper, lora-plus, lora-qv, olora, pissa, qlora, rslora",
+        "merges yes", "peft type LORA", "presets lora-paper, lora-plus, lora-qv, olora, pissa, pissa-paper, qlora, "
+        "qlora-paper, rslora",
     ):  # fmt: skip
         assert said in text, said
     assert "parameters" not in text.replace("Parameters: r (d_in", "")
 
 
 def test_one_preset_on_one_page():
-    text = " ".join(call("methods", "t-few").stdout.split())
-    assert "t-few preset, arXiv:2205.05638" in text
+    text = " ".join(call("methods", "t-few-paper").stdout.split())
+    assert "t-few-paper preset, arXiv:2205.05638" in text
     assert "settings lr 0.003, batch_rows 8, optimizer adafactor, schedule linear, steps 1000, warmup 60, " in text
     assert "objective choice" in text
 
@@ -320,15 +328,15 @@ def test_one_preset_on_one_page():
 def test_one_method_as_json_and_on_a_model(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     found = json.loads(call("methods", "adapter", "--json").stdout)
-    assert (found["lr"], found["lr_range"], found["recipe"]) == (1e-3, [5e-5, 1e-2], "houlsby")
-    assert found["paper_recipe"]["train"] == PRESETS["houlsby"]["train"]
+    assert (found["lr"], found["lr_range"], found["recipe"]) == (1e-3, [5e-5, 1e-2], "houlsby-paper")
+    assert found["paper_recipe"]["train"] == PRESETS["houlsby-paper"]["train"]
     assert "parallel-adapter" in found["presets"]
     assert "parameters" not in found
     found = json.loads(call("methods", "ia3", "--json", "--model", tmp_path).stdout)
     assert found["parameters"] == 2 * (16 + 16 + 48)
     assert "160 parameters; 2 self_attn.k_proj" in " ".join(call("methods", "ia3", "--model", tmp_path).stdout.split())
     assert "refused: BitFit" in " ".join(call("methods", "bitfit", "--model", tmp_path).stdout.split())
-    mam = json.loads(call("methods", "mam", "--json").stdout)
+    mam = json.loads(call("methods", "mam-paper", "--json").stdout)
     assert (mam["lr"], mam["lr_range"], mam["source"], mam["peft"]) == (5e-5, [1e-5, 5e-3], "lr: paper", None)
     assert json.loads(call("methods", "pissa", "--json").stdout)["peft"] == "LORA"  # one method, saved as its own
 

@@ -1,6 +1,7 @@
 """Scores: the loss is the same however rows are batched, perplexity comes from it, predictions keep their order."""
 
 import math
+from collections import Counter
 
 import pytest
 
@@ -8,6 +9,7 @@ import tiny_run as t
 from deltatune.data.batch import pad
 from deltatune.evaluate import score as room
 from deltatune.evaluate.score import Scored, gain, intervals, mean_loss, score
+from deltatune.objectives.sft import SFT
 from deltatune.train.job import prepare
 
 
@@ -39,3 +41,24 @@ def test_perplexity_beside_metrics_of_predictions(job):
 
 def test_numbers_json_cannot_hold_are_none():
     assert Scored(float("nan"), {"perplexity": math.inf}, [], []).numbers == {"loss": None, "perplexity": None}
+
+
+def test_a_row_becomes_tokens_once_a_way(tmp_path, monkeypatch):
+    """Whole and up to its answer: for the checks before a run, the untuned model, the middle of the run and the end."""
+    seen = []
+    encode = SFT.encode
+
+    def counted(self, example, tokenizer, encoding):
+        seen.append((example.where, encoding.train_on))
+        return encode(self, example, tokenizer, encoding)
+
+    monkeypatch.setattr(SFT, "encode", counted)
+    d = tmp_path
+    job = prepare(
+        t.config(t.chat_model(d / "model"), t.chat_rows(d / "rows.jsonl", 4), t.chat_rows(d / "e.jsonl", 3, 1))
+    )
+    for _ in range(2):
+        score(job, job.eval)
+    counts = {count for (where, _), count in Counter(seen).items() if "e.jsonl" in where}
+    assert counts == {1}
+    assert len({way for where, way in seen if "e.jsonl" in where}) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers as hf
@@ -291,26 +292,77 @@ def twenty_losses(model: nn.Module, given: dict, chosen: list[nn.Parameter]) -> 
     return losses
 
 
-ORACLES = {"prefix": Prefix(4), "prompt": Prompt(4)}
+def by_file(model, folder):
+    """peft with what we save."""
+    theirs = PeftModel.from_pretrained(tiny(model.config.model_type), str(save(model, "default", folder / "a")))
+    (start,) = [p.requires_grad_() for name, p in theirs.named_parameters() if "prompt_encoder" in name]
+    return theirs, [start]
+
+
+def encoded(model, config: peft.PromptLearningConfig, values: dict[str, torch.Tensor]):
+    """peft with a prompt encoder of its own, and our values in it."""
+    theirs = peft.get_peft_model(tiny(model.config.model_type), config)
+    encoder = theirs.prompt_encoder["default"]
+    encoder.load_state_dict(values)  # strict: the same names and shapes
+    return theirs, list(encoder.parameters())
+
+
+def by_ptuning(model, folder):
+    """peft's P-tuning in the paper's shape: half its default width a direction, two layers."""
+    (delta,) = deltas(model)
+    kind = "MLP" if isinstance(delta.encode, nn.Sequential) else "LSTM"
+    units = {"encoder_reparameterization_type": kind, "encoder_hidden_size": 32 if kind == "MLP" else 16}
+    config = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_num_layers=2, **units)
+    parts = (
+        {"mlp_head": delta.encode} if kind == "MLP" else {"lstm_head": delta.encode.lstm, "mlp_head": delta.encode.mlp}
+    )
+    values = {f"{name}.{key}": t for name, part in parts.items() for key, t in part.state_dict().items()}
+    return encoded(model, config, {"embedding.weight": delta.inputs.detach(), **values})
+
+
+def by_projection(model, folder):
+    """peft's prefix_projection: one last layer for all of ours."""
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=6, prefix_projection=True
+    )
+    found, (root,) = deltas(model), deltas(model)[0].source
+    values = {f"transform.0.{end}": getattr(root.up, end) for end in ("weight", "bias")}
+    values |= {f"transform.2.{end}": torch.cat([getattr(d.out, end) for d in found]) for end in ("weight", "bias")}
+    return encoded(model, config, {k: t.detach() for k, t in {"embedding.weight": root.p, **values}.items()})
+
+
+ORACLES = {
+    "prefix": (Prefix(4), by_file, ("llama", "gpt2")),
+    "prefix-mlp": (Prefix(4, reparam="mlp", hidden=6), by_projection, ("gpt2",)),
+    "prompt": (Prompt(4), by_file, ("llama", "gpt2")),
+    "ptuning": (PTuning(4), by_ptuning, ("llama", "gpt2")),
+    "ptuning-mlp": (PTuning(4, "mlp"), by_ptuning, ("llama", "gpt2")),
+}
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by the old name
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", ORACLES)
+@pytest.mark.filterwarnings("ignore:for MLP, the argument `encoder_num_layers` is ignored:UserWarning")
+@pytest.mark.parametrize(("name", "family"), [(n, f) for n, (_, _, families) in ORACLES.items() for f in families])
 def test_twenty_steps_go_as_in_peft(tmp_path, family, name):
-    """From the same start: equal logits and equal losses."""
-    model, given = attach(tiny(family), ORACLES[name]), batch(tiny(family), None)
-    theirs = PeftModel.from_pretrained(tiny(family), str(save(model, "default", tmp_path / "a")))
-    (start,) = [p.requires_grad_() for name, p in theirs.named_parameters() if "prompt_encoder" in name]
-    own = batch(model)
-    with torch.no_grad():
-        wanted = theirs.eval()(**{k: v for k, v in given.items() if k != "labels"}).logits
-        torch.testing.assert_close(logits(model, own), wanted, rtol=0, atol=2e-5)
-    own["labels"] = torch.cat([torch.full((2, own["input_ids"].shape[1] - 7), -100), given["input_ids"]], 1)
+    """From the same start: equal logits, equal losses, and equal logits again."""
+    method, made, _ = ORACLES[name]
+    torch.manual_seed(0)
+    model, given = attach(tiny(family), method), batch(tiny(family), None)
+    theirs, chosen = made(model, tmp_path)
+    own, asked = batch(model), {**given, "labels": given["input_ids"]}
+    width = own["input_ids"].shape[1]
+    own["labels"] = torch.cat([torch.full((2, width - 7), -100), given["input_ids"]], 1)
+    agree(model, own, theirs, asked)
     losses = twenty_losses(model, own, list(trainable(model).values()))
     assert losses[-1] < losses[0] - 0.01
-    asked = {**given, "labels": given["input_ids"]}
-    np.testing.assert_allclose(losses, twenty_losses(theirs, asked, [start]), rtol=0, atol=2e-4)
+    np.testing.assert_allclose(losses, twenty_losses(theirs, asked, chosen), rtol=0, atol=2e-4)
+    agree(model, own, theirs, asked, 2e-4)
+
+
+def agree(model, own, theirs, asked, atol=2e-5):
+    with torch.no_grad():
+        wanted = theirs(**{k: v for k, v in asked.items() if k != "labels"}).logits
+        torch.testing.assert_close(logits(model, own), wanted, rtol=0, atol=atol)
 
 
 # ---- mistakes ----

@@ -14,7 +14,7 @@ from deltatune.commands.methods import Json
 from deltatune.commands.runs import read_json, settings
 from deltatune.commands.shell import emit, machine, main, note, screen
 from deltatune.commands.train import Sets, chosen
-from deltatune.config import load
+from deltatune.config import READ, load
 from deltatune.marks import read_value
 from deltatune.terminal import plain
 
@@ -26,7 +26,7 @@ Task = Annotated[str | None, typer.Option("--task", help="Whose prompts, where t
 Combine = Annotated[
     str | None, typer.Option("--combine", help="vote or average of several prompts; left out: the adapter's.")
 ]
-READ = ("format", "columns")
+READING = tuple(f"data.{key}" for key in READ)
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="An adapter folder, or the run folder that holds it.")]
 
 
@@ -78,7 +78,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Measure a model, with or without an adapter, on a file."""
-    config = chosen(set_, ("eval", *(f"data.{key}" for key in READ)))
+    config = chosen(set_, ("eval", *READING))
     if bool(config.eval.shots) != (examples is not None):
         raise ValueError(
             "examples in the prompt need both: --set eval.shots=N and --examples FILE, the rows they are from"
@@ -117,6 +117,8 @@ def prompts_of(ref: str, record: Mapping[str, Any] = MappingProxyType({})) -> li
 
 def question(example: Any) -> str:
     """The text of a row that is answered: its prompt, or the turns before the last answer, one paragraph each."""
+    if example.media is not None:
+        return str(example.media.name)
     if not example.turns:
         return str(example.prompt if example.prompt is not None else example.text or "")
     turns = example.turns[:-1] if example.turns[-1].role == "assistant" else example.turns
@@ -148,7 +150,7 @@ def generate(
     """Answer prompts."""
     if bool(prompt) == (data is not None):
         raise ValueError("give --prompt TEXT or --data FILE, one of them")
-    reads = chosen(set_, tuple(f"data.{key}" for key in READ)).data
+    reads = chosen(set_, READING).data
     loaded, tokenizer, record = opened(model, adapter)
     asked: list[Any] = prompts_of(data, reading(record, reads)) if data is not None else list(prompt or ())
     from deltatune.evaluate.generate import Decoding, answers

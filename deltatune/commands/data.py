@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from deltatune.commands.adapted import READING
 from deltatune.commands.methods import Json
 from deltatune.commands.shell import BAD_INPUT, emit, machine, main, screen
 from deltatune.commands.train import Sets, chosen
@@ -32,19 +33,21 @@ def check(
     json_: Json = False,
 ) -> None:
     """Say what was inferred, what is wrong and where, and how long the rows are."""
-    reads = chosen(set_, ("data.format", "data.columns")).data
+    reads = chosen(set_, READING).data
     from deltatune.data.check import Encoding, Reading
     from deltatune.data.check import check as look
 
     tokenizer, encoding = None, Encoding()
     if model is not None:
-        from deltatune.train.job import model_config, open_tokenizer, places
+        from deltatune.data.media import reader
+        from deltatune.train.lengths import places
+        from deltatune.train.opening import model_config, open_tokenizer
         from deltatune.zoo import model_path
 
         path = model_path(model)
         tokenizer, about = open_tokenizer(path), model_config(path)
         room = min(max_length, places(about) or max_length)
-        encoding = Encoding(max_length=room, decoder=bool(about.is_encoder_decoder))
+        encoding = Encoding(max_length=room, decoder=bool(about.is_encoder_decoder), media=reader(about))
     how = Reading(None if reads.format == "auto" else reads.format, reads.columns, encoding)
     report = look(file, tokenizer, eval_, how)
     if machine():

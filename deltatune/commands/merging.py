@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -25,9 +27,12 @@ HOWS = "linear, cat, svd, ties, dare or dare_ties"
 
 
 def check_new(out: Path) -> None:
-    """ValueError unless `out` is free."""
+    """ValueError unless `out` is free and can be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; name a new folder")
+    place = next(p for p in (out.absolute(), *out.absolute().parents) if p.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{out} cannot be written: {place} is no folder that this user may write to")
 
 
 def weighted(text: str) -> tuple[Path, float]:
@@ -37,6 +42,29 @@ def weighted(text: str) -> tuple[Path, float]:
         return (Path(folder), float(weight)) if folder else (Path(text), 1.0)
     except ValueError:
         return Path(text), 1.0
+
+
+def used(how: str, rank: int | None, density: float | None, seed: int | None) -> dict[str, Any]:
+    """The options of `combine`, checked before any model is opened; ValueError for one that `how` has no use for."""
+    from deltatune.core.combine import Combination
+
+    if how == "svd" and rank is None:
+        raise ValueError("--how svd needs --rank N, the rank to cut to; --how cat keeps everything")
+    options: dict[str, Any] = {"how": how, "r": rank, "density": density, "seed": seed}
+    options = {key: value for key, value in options.items() if value is not None or key == "r"}
+    Combination(**options)
+    for key, users in (("density", ("ties", "dare", "dare_ties")), ("seed", ("dare", "dare_ties"))):
+        if key in options and how not in users:
+            raise ValueError(f"--{key} is for --how {', '.join(users)}: {how} has no use for it")
+    return options
+
+
+def check_weights(weights: Sequence[tuple[Path, float]]) -> None:
+    """ValueError for a number that is none, or a folder that is not there."""
+    for folder, weight in weights:
+        if not math.isfinite(weight):
+            raise ValueError(f"the weight of {folder} must be a finite number, got {weight}")
+        located("any", folder)
 
 
 def tell(facts: dict[str, Any], lines: Sequence[str]) -> None:
@@ -56,7 +84,8 @@ def facts_of(fit: Any) -> dict[str, Any]:
 def lines_of(fit: Any) -> list[str]:
     """A Fit for people: ranks, what is lost over all and where most, what was left out."""
     ranks = sorted(set(fit.ranks.values()))
-    found = [f"ranks {ranks[0]} to {ranks[-1]} in {len(fit.ranks)} layers"] if ranks else []
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+    found = [f"{span} in {len(fit.ranks)} layers"] if ranks else []
     found.append(f"remaining error {fit.error:.2e} of the change (Frobenius)")
     worst = max(fit.errors, key=lambda key: fit.errors[key], default=None)
     if worst is not None and fit.errors[worst]:
@@ -102,19 +131,25 @@ def merge(
     weight: Annotated[float, typer.Option(help="The first adapter's weight; a negative one takes it away.")] = 1.0,
     how: Annotated[str, typer.Option(help=f"How several become one: {HOWS}.")] = "linear",
     rank: Rank = None,
-    density: Annotated[float, typer.Option(help="The share of values that ties and dare keep.")] = 0.5,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of what dare drops.")] = 0,
+    density: Annotated[float | None, typer.Option(help="The share of values that ties and dare keep [0.5].")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of what dare drops [0].")] = None,
     adapter_only: Annotated[bool, typer.Option("--adapter-only", help="Write an adapter, not a model.")] = False,
     base: Annotated[
         str | None, typer.Option("--base", help="Merge onto this model: a 4-bit base's full-precision original.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Text to measure the merge's cost on (4-bit bases).")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text to measure the merge's cost on; 4-bit bases: general text by default.")
+    ] = None,
     model: Model = None,
     json_: Json = False,
 ) -> None:
     """Write the base with one adapter or several merged in, as an ordinary model folder."""
     check_new(out)
     others = [weighted(text) for text in with_ or ()]
+    options = used(how, rank, density, seed)
+    check_weights([(adapter, weight), *others])
+    if adapter_only and (base or data):
+        raise ValueError(f"--adapter-only writes no model: leave out --{'base' if base else 'data'}, or write a model")
     loaded, tokenizer, record = opened(model, adapter)
     from deltatune.core.attach import activate, attached
     from deltatune.core.cost import cost
@@ -127,12 +162,11 @@ def merge(
     facts: dict[str, Any] = {"merged": str(out), "adapter": str(adapter)}
     lines: list[str] = []
     if others or weight != 1.0 or adapter_only or how != "linear" or rank is not None:
-        options = {"how": how, "r": rank, "density": density, "seed": seed}
         fit = combined(loaded, others, weight, options)
-        name = "combined"
+        name, exact = "combined", rank is None and how in ("linear", "cat")
         told = {str(adapter): weight, **{str(folder): own for folder, own in others}}
-        facts |= {"weights": told, **options, "exact": rank is None, **facts_of(fit)}
-        lines = lines_of(fit) if rank is not None else ["exact: nothing was cut"]
+        facts |= {"weights": told, **options, "exact": exact, **facts_of(fit)}
+        lines = lines_of(fit) if rank is not None else ["exact: nothing was cut"] if exact else []
     if adapter_only:
         save(loaded, name, out, base=located(model, adapter)[0])
     else:
@@ -149,9 +183,13 @@ def probes(model: Any, tokenizer: Any, data: str | None) -> list[dict[str, Any]]
     """What the KL is measured on: the questions of `data`, or 4 rows of 64 random tokens."""
     import torch
 
+    from deltatune.core.vocabulary import vocabulary
+
     device = next(model.parameters()).device
     if data is None:
-        size = int(model.get_input_embeddings().num_embeddings)
+        size = vocabulary(model)
+        if not size:
+            raise ValueError(f"{type(model).__name__} reads no tokens, so there is nothing to measure the KL on")
         ids = torch.randint(0, size, (4, 64), generator=torch.Generator().manual_seed(0))
         found = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
     else:
@@ -178,7 +216,10 @@ def export(
     """Write any adapter that is a change of weights as a LoRA, and say what that costs."""
     if not lora:
         raise ValueError("say what to export to: --lora is the form there is")
+    if max_kl is not None and not 0 <= max_kl < math.inf:
+        raise ValueError(f"--max-kl is a number of nats, 0 or more, got {max_kl}")
     check_new(out)
+    check_kept(rank, energy)
     loaded, tokenizer, _ = opened(model, adapter)
     from deltatune.core.convert import kl, to_lora
     from deltatune.core.store import save
@@ -193,12 +234,21 @@ def export(
         raise typer.Exit(UNVERIFIED)
 
 
+def check_kept(rank: int | None, energy: float | None) -> None:
+    """ValueError, before any model is opened, for no rank or no share."""
+    from deltatune.core.change import check_size
+
+    if rank is not None and energy is not None:
+        raise ValueError("--rank and --energy both say how much to keep: give one")
+    check_size(rank, energy)
+
+
 def weights_of(ref: str) -> Any:
     """A model in float32, which holds half precision exactly: the difference of two must not be rounded."""
     import torch
 
     from deltatune.objectives.common import language_class, load
-    from deltatune.train.job import model_config
+    from deltatune.train.opening import model_config
     from deltatune.zoo import model_path
 
     path = model_path(ref)
@@ -219,6 +269,7 @@ def extract(
     check_new(out)
     if rank is None and energy is None:
         raise ValueError("say how much to keep: --rank N or --energy 0.99")
+    check_kept(rank, energy)
     base, other = weights_of(model), weights_of(tuned)
     from deltatune.core.convert import extract as found
     from deltatune.core.store import save

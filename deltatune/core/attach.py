@@ -88,15 +88,12 @@ def once(model: nn.Module, found: list[tuple[Site, Delta]]) -> list[tuple[Site, 
     seen: set[int] = set()
     kept = []
     for site, delta in found:
-        if isinstance(delta, InPlace) and type(delta) in (InPlace, InPlaceBias):
+        if isinstance(delta, InPlace):
             layer = model.get_submodule(site.write)
-            names = tuple(n for n in delta.names if id(layer.get_parameter(n)) not in seen)
-            seen |= {id(layer.get_parameter(n)) for n in names}
-            if not names:
+            delta.keep(tuple(n for n in delta.names if id(layer.get_parameter(n)) not in seen))
+            seen |= {id(layer.get_parameter(n)) for n in delta.names}
+            if not delta.names:
                 continue
-            if names != delta.names:
-                old, delta = delta, InPlace(layer, names)
-                delta.what, delta.method, delta.conditional = old.what, old.method, old.conditional
         kept.append((site, delta))
     return kept
 
@@ -360,15 +357,11 @@ def check_owners(model: nn.Module, touched: dict[str, Slot], names: tuple[str, .
             for delta in (d for d in slot.of(name) if d.inplace):
                 for key, parameter in delta.trained(model.get_submodule(path)).items():
                     if id(parameter) in holders:
-                        raise ValueError(twice(f"{path}.{key}", holders[id(parameter)], name))
+                        raise ValueError(
+                            f"{path}.{key} is trained in place twice, by {holders[id(parameter)]!r} and by {name!r}: "
+                            "only one of them can be active at a time"
+                        )
                     holders[id(parameter)] = name
-
-
-def twice(parameter: str, first: str, second: str) -> str:
-    return (
-        f"{parameter} is trained in place twice, by {first!r} and by {second!r}: "
-        "only one of them can be active at a time"
-    )
 
 
 def sync_attention(model: nn.Module, state: State) -> None:

@@ -15,7 +15,7 @@ from .attach import activate, attach, check_new, each, known, restored
 from .delta import Delta, Dense, Refusal, overrides
 from .inplace import InPlace
 from .merging import refuse_merge
-from .quant import dense, write
+from .quant import dense, is_quantised, write
 from .registry import finite, whole
 from .site import is_conv1d, is_linear, put, take, widths
 from .slot import slots
@@ -129,11 +129,16 @@ def factors(layer: nn.Module, delta: Delta) -> Low | None:
 
 
 def stacked(parts: Sequence[tuple[float, Low]]) -> Low:
-    """sum_i w_i scale_i B_i A_i as one product: ranks add up, nothing is lost."""
+    """sum_i w_i scale_i B_i A_i as one product: ranks add up to the layer's size at most, nothing is lost."""
     if len(parts) == 1:
         (weight, low) = parts[0]
         return Low(low.a, low.b, weight * low.scale) if weight != 1 else low
-    return Low(torch.cat([p.a for _, p in parts]), torch.cat([w * p.scale * p.b for w, p in parts], 1))
+    a, b = torch.cat([p.a for _, p in parts]), torch.cat([w * p.scale * p.b for w, p in parts], 1)
+    d_out, d_in = b.shape[0], a.shape[1]
+    if len(a) <= min(d_out, d_in):
+        return Low(a, b)
+    one = torch.eye(min(d_out, d_in)).to(a)  # no product of more columns than the layer has holds anything more
+    return Low(b @ a, one) if d_out <= d_in else Low(one, b @ a)
 
 
 def full(change: Change) -> Tensor:
@@ -141,6 +146,11 @@ def full(change: Change) -> Tensor:
 
 
 # ---- low rank --------------------------------------------------------------------------------------------------------
+def shape_of(change: Change) -> tuple[int, ...]:
+    """[d_out, d_in] of a matrix."""
+    return (change.b.shape[0], change.a.shape[1]) if isinstance(change, Low) else tuple(change.shape)
+
+
 def decompose(change: Change) -> tuple[Tensor, Tensor, Tensor]:
     """U [d_out, k], s [k] falling, V^T [k, d_in]; of a product from two thin QRs, which is exact and cheap."""
     if isinstance(change, Low) and change.rank < min(change.a.shape[1], change.b.shape[0]):
@@ -187,6 +197,9 @@ def lower(model: nn.Module, found: Changes, r: int | None, energy: float | None)
     """Every change of a linear layer as factors, and how well they hold it; the rest is in `Fit.left`."""
     check_size(r, energy)
     inside, left = held(model, found)
+    most = max((min(shape_of(change)) for change in inside.values()), default=None)
+    if r is not None and most is not None and r > most:
+        raise ValueError(f"rank {r} is above every layer's: the largest of the {len(inside)} changed layers has {most}")
     low: Changes = {}
     ranks, errors = {}, {}
     rests, sizes = 0.0, 0.0
@@ -214,8 +227,8 @@ def lowered(
     part, rest = truncated(change, None, None, EPS * float(original(layer, "weight").norm()))
     if part is not None and part.rank == min(full(change).shape):
         raise ValueError(
-            f"the change of {place[0]} is of full rank ({part.rank}): give r=... (a rank) or energy=... (a share of "
-            "its squared norm, such as 0.99), or merge it into the weights"
+            f"the change of {place[0]} is of full rank ({part.rank}): give a rank (r=, --rank) or a share of its "
+            "squared norm (energy=, --energy) such as 0.99, or merge it into the weights"
         )
     return part, rest
 
@@ -228,6 +241,12 @@ def adopt(model: nn.Module, name: str, found: Changes) -> None:
     whole_ones = [place for place, change in found.items() if not isinstance(change, Low)]
     if not found:
         raise ValueError("there is nothing to attach: the adapters change no weight at all")
+    if packed := [p for p, key in whole_ones if key == "weight" and is_quantised(model.get_submodule(p))]:
+        raise Refusal(
+            "the result changes whole weights, which packed 4-bit ones cannot hold.",
+            found=f"{len(packed)} packed layers, such as {packed[0]}",
+            instead="a rank to cut it to (r=, --rank), which makes it a LoRA",
+        )
     methods = ([lora(low)] if low else []) + ([freeze(whole_ones)] if whole_ones else [])
     check_new(model, name, tuple(methods))
     with unseeded(model):
@@ -267,5 +286,5 @@ def refuse_left(left: Mapping[str, float], drop: bool) -> None:
         raise Refusal(
             "a LoRA holds changes of linear layers' weights only.",
             found=f"{len(left)} changed parameters that are none, such as {first}",
-            instead="merge the adapter into the weights, or drop=True to leave them out (the report lists them)",
+            instead="merge the adapter into the weights, or drop=True (--drop) to leave and list them",
         )

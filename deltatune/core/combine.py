@@ -88,7 +88,8 @@ def together(parts: Sequence[tuple[str, float, Change]], wanted: Combination, pl
     low = [(weight, change) for _, weight, change in parts if isinstance(change, Low)]
     if wanted.how == "cat" and len(low) < len(parts):
         raise ValueError(
-            f"how='cat' puts low-rank factors side by side, and {'.'.join(place)} has a full change: linear"
+            f"how='cat' puts low-rank factors side by side, and {'.'.join(place)} has a full change: how='linear' "
+            "takes both"
         )
     if wanted.on == "factors":
         return by_factors(parts, wanted, place)

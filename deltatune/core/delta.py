@@ -76,8 +76,8 @@ class Delta(nn.Module):
     on = False  # in-place: whether the layer holds the trained tensors now
     rates: Mapping[str, float] = MappingProxyType({})  # own parameter -> multiple of the run's learning rate
     ready = True  # False: `prepare` must see training rows first
+    width: int | None = None  # of what it reads itself, where that is not its layer's input
     alone = ""  # why a batch's rows cannot hear this delta or not, one by one; "" where they can
-    width = 0  # of `reads`, where the layer's input is not what it reads
     unpruned = ""  # why its matrices cannot be pruned before training; "" where they can
     tied = False  # True: merging into a weight that other layers share is what is meant
     site: Site  # where attach put this delta
@@ -92,9 +92,14 @@ class Delta(nn.Module):
         """x [*, d_in] as read at `site.read`, y [*, d_out] -> the y that leaves `site.write`."""
         return y
 
-    def reads(self, x: Tensor, y: Tensor) -> Tensor:
-        """Of x and y as `after` gets them, the one that the change is made from: what a gate reads."""
+    def own_input(self, x: Tensor, y: Tensor) -> Tensor:
+        """Which of `after`'s x and y its change is computed from: a gate reads the same."""
         return x
+
+    def shared(self, layer: nn.Module, given: tuple[Tensor, Tensor], g: Tensor) -> Tensor:
+        """`after` of given = (x, y) with g [*, 1] of its change."""
+        x, y = given
+        return y + g * (self.after(layer, x, y) - y)
 
     def attend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v [batch, kv_heads, seq, head_dim] -> keys and values with learned positions in FRONT."""

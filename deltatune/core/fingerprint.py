@@ -10,9 +10,15 @@ from typing import Any
 import torch
 
 from .delta import SLOT
+from .quant import is_quantised, packs_to, weight
+from .quant import scales as scales_of
 from .site import output_layer, reader, trunk
 
 SAMPLES = 1024  # values read per tensor: a second or two on 7 B parameters
+PIECES, CLOSE = (
+    8,
+    5e-3,
+)  # of a packed layer's scales: one 8-bit code of a scale that falls the other way moves a mean less
 # what changes from load to load, or with the task's head, and never what the trunk computes
 VOLATILE = re.compile(
     r"_.*|vocab_size|dtype|torch_dtype|transformers_version|auto_map|architectures|attn_implementation|use_cache"
@@ -28,8 +34,8 @@ def fingerprint(model: Any, vocab: int | None = None) -> str:
     The architecture is the whole configuration (rope, norm eps, activation, windows, soft caps, heads, ...) without
     what changes from load to load. bf16 makes one model loaded in fp32 and in bf16 agree. The weights are a sample,
     SAMPLES per tensor: a fine-tune moves them, a change of a few chosen values elsewhere goes unseen.
-    Of a packed base the codes are sampled (not their scales, which a CPU and a GPU round differently): another base's
-    codes are others, and so is the same base's fingerprint in another packing.
+    Of a packed base the codes are sampled: another base's codes are others, and so is the same base's fingerprint in
+    another packing. Their scales, which a CPU and a GPU round differently, are compared within a tolerance (`scales`).
     `vocab` caps embedding rows, for models that grew tokens.
     """
     inner = trunk(model)
@@ -52,16 +58,40 @@ def fingerprint(model: Any, vocab: int | None = None) -> str:
 
 
 def strangers(model: Any, base: Any) -> list[str]:
-    """The trunk tensors that `model` and `base` should share and do not, packed weights and deltas left out."""
+    """The trunk tensors that `model` and `base` should share and do not, deltas left out. Of a packed layer: whether
+    its codes are those that the base's weight rounds to."""
     theirs = dict(trunk(base).named_parameters())
-    differ = []
-    for name, ours in trunk(model).named_parameters():
-        if SLOT in name.split(".") or hasattr(ours, "quant_state"):
-            continue
-        other = theirs.get(name)
-        if other is None or other.shape != ours.shape or not torch.equal(sample(ours.detach()), sample(other.detach())):
-            differ.append(name)
-    return differ
+    own = {n: p.detach() for n, p in trunk(model).named_parameters() if SLOT not in n.split(".")}
+    return [name for name, ours in own.items() if name not in theirs or not alike(model, base, name, ours)]
+
+
+def alike(model: Any, base: Any, name: str, ours: torch.Tensor) -> bool:
+    """Whether the trunk tensor `name` is the same in both."""
+    place = name.rpartition(".")[0]
+    layer, other = trunk(model).get_submodule(place), trunk(base).get_submodule(place)
+    if is_quantised(layer) and name.endswith("weight") and not is_quantised(other):
+        return packs_to(layer, weight(other).detach())
+    theirs = trunk(base).get_parameter(name).detach()
+    return theirs.shape == ours.shape and torch.equal(sample(ours), sample(theirs))
+
+
+def scales(model: Any) -> dict[str, list[float]]:
+    """packed layer -> the means of its blocks' scales over up to PIECES equal pieces, in four digits; {} unpacked."""
+    found = {name: layer for name, layer in trunk(model).named_modules() if is_quantised(layer)}
+    return {
+        name: [float(f"{part.double().mean():.3e}") for part in scales_of(layer).tensor_split(PIECES) if len(part)]
+        for name, layer in found.items()
+    }
+
+
+def rescaled(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> list[str]:
+    """The layers whose scales differ by more than two machines' rounding does. A layer that one side lacks differs."""
+    return [
+        name
+        for name in dict.fromkeys((*ours, *theirs))
+        if len(ours.get(name, ())) != len(theirs.get(name, ()))
+        or any(abs(a - b) > CLOSE * max(abs(a), abs(b)) for a, b in zip(ours[name], theirs[name], strict=True))
+    ]
 
 
 def stable(config: dict[str, Any]) -> dict[str, Any]:

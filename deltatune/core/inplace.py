@@ -26,6 +26,11 @@ class InPlace(Delta):
         # what is not in the layer now: the trained tensors while off, the originals while on
         self.other: dict[str, Tensor] = {n: layer.get_parameter(n).data.clone() for n in names}
 
+    def keep(self, names: tuple[str, ...]) -> None:
+        """Train only these of the parameters, before anything was trained."""
+        self.names = names
+        self.other = {name: self.other[name] for name in names}
+
     def swap(self, layer: nn.Module, on: bool) -> None:
         if on == self.on:
             return
@@ -35,7 +40,7 @@ class InPlace(Delta):
         self.on = on
 
     def stored(self, layer: nn.Module) -> dict[str, Tensor]:
-        return {n: (layer.get_parameter(n).data if self.on else self.other[n]) for n in self.names}
+        return {n: (layer.get_parameter(n).detach() if self.on else self.other[n]) for n in self.names}
 
     def trained(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         return {n: layer.get_parameter(n) for n in self.names}

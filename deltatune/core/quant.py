@@ -19,6 +19,7 @@ from .site import Range, is_conv1d, put, take
 
 SCHEMES = ("nf4",)
 INSTALL = "pip install 'deltatune[quant]'"
+SAMPLE = 2**16  # weights of a layer that tell whether it was packed from another
 REPACKS = "support_avx512bf16_for_cpu"  # a 4-bit layer of bitsandbytes: whether its forward may re-pack the weight
 
 
@@ -52,6 +53,14 @@ def unpacked(layer: Any) -> Tensor:
     return library().functional.dequantize_4bit(layer.weight.data, state)
 
 
+def scales(layer: Any) -> Tensor:
+    """fp32 [blocks]: what each block of a 4-bit layer's codes is multiplied by."""
+    state = layer.weight.quant_state
+    if not state.nested:
+        return state.absmax.float()
+    return library().functional.dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+
+
 def set_weight(layer: Any, value: Tensor) -> None:
     """Write a dense weight [d_out, d_in] back into the layer, in its own layout and dtype; 4-bit codes are computed
     anew with the layer's own block size and kind."""
@@ -59,7 +68,7 @@ def set_weight(layer: Any, value: Tensor) -> None:
         if is_quantised(layer):
             pack(layer, value)
         else:
-            layer.weight.data.copy_(value.T if is_conv1d(layer) else value)
+            layer.weight.copy_(value.T if is_conv1d(layer) else value)  # not .data: a change that autograd counts
 
 
 def pack(layer: Any, value: Tensor) -> None:
@@ -91,7 +100,26 @@ def write(layer: Any, key: str, value: Tensor, columns: tuple[Range, ...] | None
     else:
         with torch.no_grad():
             parameter = layer.get_parameter(key)
-            parameter.data.copy_(put(parameter, columns, value.to(parameter.dtype), 0))
+            parameter.copy_(put(parameter, columns, value.to(parameter.dtype), 0))
+
+
+def packs_to(layer: Any, value: Tensor) -> bool:
+    """Whether a 4-bit layer was packed from the dense weight `value` [d_out, d_in], told from its first SAMPLE weights.
+
+    One code in a hundred may differ: a value half-way between two levels falls either way on another device or dtype.
+    """
+    refuse_repacked(layer)
+    state, held = layer.weight.quant_state, layer.weight.data
+    if tuple(value.shape) != tuple(state.shape):
+        return False
+    count = min(value.numel(), SAMPLE)
+    part = value.flatten()[: count - count % state.blocksize or None].to(held.device, torch.float32)
+    how = {"blocksize": state.blocksize, "quant_type": state.quant_type}
+    fresh, _ = library().functional.quantize_4bit(part, **how)
+    ours = held.flatten().view(torch.uint8)[: fresh.numel()]
+    found = [codes.flatten() for codes in (ours, fresh)]
+    apart = [(found[0] >> shift & 15) != (found[1] >> shift & 15) for shift in (0, 4)]
+    return float(torch.stack(apart).float().mean()) < 0.01
 
 
 @contextmanager

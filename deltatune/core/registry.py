@@ -38,7 +38,7 @@ class Entry:
         0.0,
         math.inf,
     )  # lowest and highest learning rate that works; outside it: a warning
-    recipe: str = ""  # the preset with the paper's own settings
+    recipe: str = ""  # the preset that trains as the paper does
 
 
 def read_preset(file: Path) -> dict[str, Any]:

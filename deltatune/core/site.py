@@ -368,12 +368,22 @@ def name_of(model: nn.Module, module: nn.Module) -> str:
 def embedding(model: Any) -> str:
     """The name of the layer that reads the (encoder's) input: a token embedding, or what cuts an image or a sound into
     tokens. Of a model with two towers, the text's."""
-    return name_of(model, model.get_encoder().get_input_embeddings() if pairs(model) else reader(model))
+    return name_of(model, input_layer(model))
+
+
+def input_layer(model: Any) -> Any:
+    """The layer that `embedding` names. None where a model does not say."""
+    return model.get_encoder().get_input_embeddings() if pairs(model) else reader(model)
+
+
+def texts(model: Any) -> Any:
+    """The part that knows about words, whose vocabulary can be resized: of a model with two towers, the text's."""
+    return next(iter(towers(model)), model)
 
 
 def reader(model: Any) -> Any:
     """The layer that reads the input of a model's trunk; of an encoder-decoder, what its library says; None unknown."""
-    inner = trunk(next(iter(towers(model)), model))
+    inner = trunk(texts(model))
     return inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
 
 

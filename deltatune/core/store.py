@@ -20,7 +20,7 @@ from ..methods._rows import Rows
 from . import peft_format
 from .attach import activate, attach, attached, detach, each, focus, fold, known
 from .delta import overwritten
-from .fingerprint import fingerprint
+from .fingerprint import fingerprint, rescaled, scales
 from .peft_format import CONFIG, TENSORS, strict
 from .quant import scheme, steady
 from .registry import build, spec, whole
@@ -95,9 +95,9 @@ def manifest(model: Any, name: str, own: Mapping[str, Tensor], base: str | None)
     adapted: State = getattr(model, STATE)
     about: dict[str, Any] = {"fingerprint": adapted.base, "reference": base, "class": type(model).__name__}
     if packed := scheme(model):
-        about["quant"] = packed
+        about |= {"quant": packed, "scales": scales(model)}
     if adapted.vocab is not None:
-        about |= {"vocab": adapted.vocab, "grown_to": model.get_input_embeddings().num_embeddings}
+        about |= {"vocab": adapted.vocab, "grown_to": vocabulary(model)}
     if words(model):
         about["tokens"] = words(model)
     tensors = {k: {"shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")} for k, t in own.items()}
@@ -259,6 +259,9 @@ def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     for key in ("base.vocab", "base.grown_to"):
         if key in have:
             whole(f"{path}: {key}", have[key])
+    kept = have.get("base.scales", {})
+    if not isinstance(kept, dict) or not all(isinstance(v, list) and all(map(number, v)) for v in kept.values()):
+        raise ValueError(f"{path} is damaged: 'base.scales' is no {{layer: [numbers]}}. {AGAIN}")
     tokens = have.get("base.tokens", {})
     if not isinstance(tokens, dict) or any(type(i) is not int or i < 0 for i in tokens.values()):
         raise ValueError(f"{path} is damaged: 'base.tokens' is no {{word: id}}. {AGAIN}")
@@ -268,6 +271,10 @@ def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
     file = manifest["file"]
     if Path(file).name != file or file not in OURS:
         raise ValueError(f"{path}: file {file!r} is none that an adapter has: {OWN} or {TENSORS}")
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_tensors(folder: Path, manifest: dict[str, Any] | None) -> dict[str, Tensor]:
@@ -311,6 +318,11 @@ def check_base(model: nn.Module, base: Mapping[str, Any], folder: Path, verify: 
             f"{folder.name} was trained on another base: {base.get('reference') or base['class']} with fingerprint "
             f"{base['fingerprint'][:16]}..., this {type(model).__name__} has {actual[:16]}.... "
             "Load that base (same revision), or pass verify=False (in Python) if you know that it is the same"
+        )
+    if verify and "scales" in base and (differ := rescaled(scales(model), base["scales"])):
+        raise ValueError(
+            f"{folder.name} was trained on another base: the 4-bit codes are the same, the scales of {len(differ)} "
+            f"layers are not, such as {differ[0]}. Load that base (same revision), or pass verify=False (in Python)"
         )
     if attached(model) and base.get("grown_to", 0) > vocabulary(model):
         raise ValueError(

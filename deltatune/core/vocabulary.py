@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .site import reader
+from .site import output_layer, reader, texts
 
 WORDS = "deltatune_tokens"  # the attribute of the model that holds the words of its added tokens
 
@@ -27,9 +27,9 @@ class Before:
     def restore(self, model: Any) -> None:
         """Take the rows out that `grow` added, and what resizing changed on the model."""
         with unseeded(model):
-            model.resize_token_embeddings(self.size, mean_resizing=False)
+            texts(model).resize_token_embeddings(self.size, mean_resizing=False)
         for path, layer in self.twins:  # resizing puts one module in all their places
-            layer.weight, layer.num_embeddings = model.get_input_embeddings().weight, self.size
+            layer.weight, layer.num_embeddings = reader(model).weight, self.size
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
         if WORDS in self.attributes:
@@ -58,8 +58,8 @@ def grow(model: Any, size: int) -> Before:
         return before
     model.deltatune_vocab = getattr(model, "deltatune_vocab", old)
     with unseeded(model), torch.no_grad():
-        model.resize_token_embeddings(size, mean_resizing=False)
-        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        texts(model).resize_token_embeddings(size, mean_resizing=False)
+        for layer in (reader(model), output_layer(model)):
             if layer is not None:
                 layer.weight[old:] = layer.weight[:old].float().mean(0).to(layer.weight.dtype)
     return before

@@ -39,9 +39,12 @@ class Batch:
             return self.labels.shape[0]
         return int((self.labels != IGNORE).sum())
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The same batch on another device; pictures and sounds as `dtype`, the model's own."""
+        inputs = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.inputs.items()
+        }
         at = None if self.mask_at is None else self.mask_at.to(device)
         choices = None if self.choices is None else self.choices.to(device)
         return replace(self, inputs=inputs, labels=self.labels.to(device), mask_at=at, choices=choices)
@@ -53,6 +56,19 @@ def pad(rows: Sequence[Encoded], pad_id: int, side: str = "right") -> Batch:
         raise ValueError("an empty batch: give at least one row")
     if side not in ("right", "left"):
         raise ValueError(f"side: {side!r} is neither 'right' nor 'left'.{nearest(side, ('right', 'left'))}")
+    return replace(
+        Batch(
+            stacked(rows) or _tokens(rows, pad_id, side),
+            _labels(rows, side),
+            mask_at=_mask_at(rows, side),
+            choices=_choices(rows),
+        ),
+        where=tuple(row.where for row in rows),
+        reading=tuple(row.reading for row in rows),
+    )
+
+
+def _tokens(rows: Sequence[Encoded], pad_id: int, side: str) -> dict[str, Tensor]:
     ids = [row.ids for row in rows]
     inputs = {
         "input_ids": filled(ids, pad_id, side),
@@ -60,11 +76,14 @@ def pad(rows: Sequence[Encoded], pad_id: int, side: str = "right") -> Batch:
     }
     if all(row.type_ids is not None for row in rows):
         inputs["token_type_ids"] = filled([row.type_ids or () for row in rows], 0, side)
-    return replace(
-        Batch(inputs, _labels(rows, side), mask_at=_mask_at(rows, side), choices=_choices(rows)),
-        where=tuple(row.where for row in rows),
-        reading=tuple(row.reading for row in rows),
-    )
+    return inputs
+
+
+def stacked(rows: Sequence[Encoded]) -> dict[str, Tensor]:
+    """The model's inputs of rows of pictures or sounds, which are read here; {} for rows of tokens."""
+    found = [row.read() for row in rows if row.read is not None]
+    assert len(found) in (0, len(rows)), "a model reads rows of one kind"
+    return {name: torch.stack([one[name] for one in found]) for name in (found[0] if found else ())}
 
 
 def filled(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
@@ -113,6 +132,7 @@ def pack(rows: Sequence[Encoded]) -> Batch:
     for row in rows:
         if row.labels is None or row.decoder:
             what = "an encoder-decoder's row" if row.decoder else "a row without token labels"
+            what = "a picture or sound" if row.read is not None else what
             raise ValueError(f"{row.where}: {what} cannot be packed; pad it (packing: false)")
         assert row.labels[0] == IGNORE, row.where
     lens = tuple(len(row.ids) for row in rows)

@@ -222,7 +222,7 @@ def remarks(train: Sequence[Example], held: Sequence[Example], objective: str) -
 
 def said(example: Example) -> str:
     """All the text of an example."""
-    parts = [example.prompt, example.completion, example.text, example.text_pair]
+    parts = [example.prompt, example.completion, example.text, example.text_pair, _seen(example)]
     for answer in (example.turns, example.extra.get("chosen"), example.extra.get("rejected")):
         parts += [answer] if isinstance(answer, str) else [turn.content for turn in answer or ()]
     return "\n".join(part for part in parts if part)
@@ -232,7 +232,12 @@ def asked(example: Example) -> str:
     """What the model is given: an evaluation row leaks when it was asked in training, whatever the answer."""
     if example.turns:
         return "\n".join(turn.content for turn in example.turns if turn.role == "user")
-    return "\n".join(part for part in (example.prompt, example.text, example.text_pair) if part)
+    return "\n".join(part for part in (example.prompt, example.text, example.text_pair, _seen(example)) if part)
+
+
+def _seen(example: Example) -> str:
+    """A row's picture or sound as a word: two rows that hold the same one hold the same word."""
+    return example.media.digest if example.media is not None else ""
 
 
 class Seen:
@@ -315,7 +320,7 @@ def _encode(found: Sequence[Example], tokenizer: Any, options: Encoding, report:
         except BadRow as fault:
             report.problems.retract(fault)
             continue
-        lengths += [len(row.ids) for row in rows]
+        lengths += [row.length for row in rows]
         learned += sum(row.targets if row.labels else 1 for row in rows)
         if report.sample is None and rows:
             report.sample = Sample(example.where, pieces(rows[0], tokenizer))
@@ -336,7 +341,7 @@ def _control_tokens(example: Example, tokenizer: Any, report: Report) -> None:
 def _rows(example: Example, encoder: Encoder, names: Sequence[str]) -> list[Encoded]:
     if example.kind == "classification":
         return [encoder.classified(example, names)]
-    if example.kind in ("chat", "pair", "text"):
+    if example.kind in ("chat", "pair", "text", "transcription"):
         return encoder.all(example)
     return []  # preference and prompt-only rows are encoded by their objectives
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
+from torch import Tensor
+
 from .chat import PLAIN, Chat, Span
 from .example import Example, Label, Turn
+from .media import Reader
 from .problems import BadRow, nearest
 
 __all__ = [
@@ -51,6 +54,7 @@ class Encoded:
 
     With `decoder`, `labels` are the decoder's own target ids. `target`: a class, a score, or 0/1 for every class.
     `choices`: the tokens of every answer to choose from, of which `target` is the right one.
+    `read`: the model's inputs of a picture or sound, made when its batch comes; it takes `size` positions, and no ids.
     """
 
     ids: tuple[int, ...]
@@ -62,11 +66,13 @@ class Encoded:
     decoder: bool = False
     choices: tuple[tuple[int, ...], ...] = ()
     reading: Reading | None = None
+    read: Callable[[], dict[str, Tensor]] | None = None
+    size: int = 0
 
     @property
     def length(self) -> int:
         """Tokens of the row, or of its answer where that is a sequence of its own and longer."""
-        return max(len(self.ids), len(self.labels or ()))
+        return max(len(self.ids), len(self.labels or ()), self.size)
 
     @property
     def targets(self) -> int:
@@ -83,6 +89,7 @@ class Encoding:
     decoder: the model is an encoder-decoder.   prompt_ids: virtual tokens put in front, never learned as targets.
     prompt_sets: the ids of several prompts (prompt_ids is the first), each of which reads every row; combine: how.
     tasks: each has as many of prompt_sets as the others, one task after the other, and its rows are read by those.
+    media: what reads the pictures or sounds of a model that takes these; None: the model reads text.
     """
 
     max_length: int | None = None
@@ -94,6 +101,7 @@ class Encoding:
     prompt_sets: tuple[tuple[int, ...], ...] = ()
     combine: str = "vote"
     tasks: tuple[str, ...] = ()
+    media: Reader | None = None
 
     def __post_init__(self) -> None:
         for field, choices in (("train_on", TRAIN_ON), ("truncate", TRUNCATE)):
@@ -160,11 +168,15 @@ class Encoder:
 
     def __call__(self, example: Example) -> Encoded:
         """One row for one example. A text longer than max_length is cut; `all` makes windows of it."""
+        if example.media is not None or self.options.media is not None:
+            return self.transcribed(example)
         ids, labels = self.decoder_row(example) if self.options.decoder else self.row(example)
         return self.finish(ids, labels, example.where)
 
     def all(self, example: Example) -> list[Encoded]:
         """Every row of an example: windows of a long text; one row a turn where a template drops earlier reasoning."""
+        if example.media is not None or self.options.media is not None:
+            return [self(example)]
         if not self.options.decoder and example.turns and self.options.train_on == "assistant":
             turns = self.chat.fitted(example.turns, example.tools, example.where)
             if not self.chat.keeps_reasoning(turns, example.tools, example.where):
@@ -251,6 +263,10 @@ class Encoder:
 
         Virtual ids stand after the leading special tokens: an encoder's head reads the first token, which stays [CLS].
         """
+        if example.media is not None or self.options.media is not None:
+            return Encoded(
+                (), None, target(example.label, names, example.where), where=example.where, **self.seen(example)
+            )
         found = self.around(example)
         ids, types, _ = self.fronted(found)
         return Encoded(ids, None, target(example.label, names, example.where), types, where=example.where)
@@ -284,6 +300,27 @@ class Encoder:
         ids = self.tokenizer(prompt, verbose=False)["input_ids"]
         labels = self.tokenizer(text_target=answer, verbose=False)["input_ids"]
         return ids, labels if labels[-1:] == [self.eos] else [*labels, self.eos]
+
+    def seen(self, example: Example) -> dict[str, Any]:
+        """How a row's picture or sound is read. BadRow where row and model are of different kinds."""
+        if self.options.media is not None:
+            return self.options.media.row(example.media, example.where)
+        assert example.media is not None
+        kind = example.media.kind
+        fix = "Choose a model that does (a ViT or CLIP for pictures, a Whisper for sound), or rows of text"
+        raise BadRow("wrong_input", example.where, kind, f"the model reads text, the row holds an {kind}", fix)
+
+    def transcribed(self, example: Example) -> Encoded:
+        """A sound and its text: the decoder's targets, without the token that the decoder begins with."""
+        read = self.seen(example)
+        if example.completion is None:
+            fix = "Add a column 'text' with what is said; labels are for the objective classify"
+            raise BadRow("nothing_to_learn", example.where, "text", f"a {example.kind!r} row has no text", fix)
+        labels = list(self.tokenizer(text_target=example.completion, verbose=False)["input_ids"])
+        labels = labels[1:] if labels[:1] == self.edges[0][:1] else labels
+        labels = labels if labels[-1:] == [self.eos] else [*labels, self.eos]
+        _, labels = self.cut([], labels, self.options.max_length, example.where)
+        return Encoded((), tuple(labels), where=example.where, decoder=True, **read)
 
     def prompt_and_answer(self, example: Example) -> tuple[str, str]:
         if example.prompt is not None and example.completion is not None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .media import Media
 
 KINDS = (
     ("chosen", "preference"), ("desirable", "unpaired"), ("completions", "stepwise"), ("tags", "tagging"),
@@ -33,7 +36,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """One row. `extra` keeps what later objectives read: chosen, rejected, desirable, completions, id."""
+    """One row. `media`: its picture or sound.
+
+    `extra` keeps what later objectives read: chosen, rejected, desirable, completions, id.
+    """
 
     where: str
     turns: tuple[Turn, ...] = ()
@@ -43,16 +49,22 @@ class Example:
     text_pair: str | None = None
     label: Label = None
     tools: tuple | None = None
+    media: Media | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
-        """preference | unpaired | stepwise | tagging | answers | classification | chat | pair | prompt | text."""
+        """preference | unpaired | stepwise | tagging | answers | classification | chat | pair | prompt | text |
+
+        transcription | image | audio.
+        """
         for key, kind in KINDS:
             if key in self.extra:
                 return kind
         if self.label is not None:
             return "classification"
+        if self.media is not None:
+            return self.media.kind if self.completion is None else "transcription"
         if self.turns:
             return "chat" if any(turn.role == "assistant" for turn in self.turns) else "prompt"
         if self.prompt is not None:

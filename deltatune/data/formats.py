@@ -9,6 +9,7 @@ from typing import Any
 
 from .example import Example, Label, Turn
 from .fields import Faults, conversation, label, messages, text, unpacked, what
+from .media import media
 from .problems import BadRow, Problems, nearest, short
 from .readers import Row
 from .sources import read
@@ -22,6 +23,7 @@ PAIRS = (
 )  # fmt: skip
 SINGLE = ("text", "sentence", "review", "content")
 LABELS = ("label", "labels")
+TRANSCRIPTS = ("text", "transcript", "transcription", "sentence", "completion")
 TAGS = ("tags", "ner_tags", "labels")
 SIDE = ("id", "idx", "source", "weight", "choices", "task")  # columns that travel along without a note
 
@@ -192,6 +194,28 @@ def _classified(value: Mapping[str, Any], faults: Faults) -> Example:
     return Example(faults.where, text=texts[0], text_pair=texts[1] if pair else None, label=label(value[mark], faults))
 
 
+def _pictured(value: Mapping[str, Any], faults: Faults) -> Example:
+    found = media(value["image"], "image", faults)
+    return Example(faults.where, media=found, label=label(value[first(value, LABELS)], faults))
+
+
+def _sounded(value: Mapping[str, Any], faults: Faults) -> Example:
+    found = media(value["audio"], "audio", faults)
+    return Example(faults.where, media=found, label=label(value[first(value, LABELS)], faults))
+
+
+def _transcribed(value: Mapping[str, Any], faults: Faults) -> Example:
+    name = first(value, TRANSCRIPTS)
+    return Example(
+        faults.where, media=media(value["audio"], "audio", faults), completion=text(value[name], name, faults)
+    )
+
+
+def _untold(value: Mapping[str, Any], faults: Faults) -> Example:
+    kind = first(value, ("image", "audio"))
+    return Example(faults.where, media=media(value[kind], kind, faults))
+
+
 def _tagged(value: Mapping[str, Any], faults: Faults) -> Example:
     name = first(value, TAGS)
     words, tags = unpacked(value["tokens"]), unpacked(value[name])
@@ -307,11 +331,15 @@ FORMATS: dict[str, Format] = {
         (("query", "question", "prompt"), ("response", "answer")), (),
         _pair(*((q, r) for q in ("query", "question", "prompt") for r in ("response", "answer"))),
     ),
+    "image_classification": Format((("image",), LABELS), (), _pictured),
+    "audio_classification": Format((("audio",), LABELS), (), _sounded),
+    "transcription": Format((("audio",), TRANSCRIPTS), (), _transcribed),
     "classification": Format(
         ((*SINGLE, *(pair[0] for pair in PAIRS)), LABELS), tuple(pair[1] for pair in PAIRS), _classified
     ),
     "prompt": Format((("prompt",),), ("tools",), _prompt),
     "text": Format((("text", "content"),), (), _text),
+    "media": Format((("image", "audio"),), (), _untold),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..core.attach import rows_of
 from .asking import asking
 from .cache import prefilled, room, shared
+from .hear import heard, hears, listened, opening
 from .processors import Repetition, Stop, Together, average, choose
 
 
@@ -102,15 +104,20 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[Any], settings: Decodi
     can_generate(model)
     seq2seq = bool(model.config.is_encoder_decoder)
     asked = asking(model, settings)
-    units = [asked.rows(tokenizer, prompt, lambda p: ids_of(tokenizer, p, seq2seq), seq2seq) for prompt in prompts]
-    fits([rows[0] for rows in units], model, settings.max_new_tokens)
+    prompts = heard(model, prompts)
+    front = opening(model, tokenizer) if any(map(hears, prompts)) else []
+    units: list[list[Any]] = [
+        [p] if hears(p) else asked.rows(tokenizer, p, lambda q: ids_of(tokenizer, q, seq2seq), seq2seq) for p in prompts
+    ]
+    fits([front if hears(rows[0]) else rows[0] for rows in units], model, settings.max_new_tokens)
     if not asked.together:
         units = [[row] for rows in units for row in rows]
     found: list[list[int]] = [[] for _ in units]
     start, budget = time.perf_counter(), settings.batch_tokens or room(model) // settings.beams
     side = asked.count if asked.together else 1
     with evaluating(model), private_rng(model.device, settings.seed):
-        for group in grouped([len(rows[0]) for rows in units], settings.max_new_tokens, max(1, budget // side)):
+        sizes = [max(len(front), rows[0].size) if hears(rows[0]) else len(rows[0]) for rows in units]
+        for group in grouped(sizes, settings.max_new_tokens, max(1, budget // side)):
             with rows_of(model, group, len(units)):
                 made = _batch(model, tokenizer, [row for i in group for row in units[i]], settings, side)
                 for i, new in zip(group, made[::side], strict=True):
@@ -213,7 +220,7 @@ def _message(turn: Any) -> dict[str, Any]:
 def context_length(model: Any) -> int | None:
     """How many positions the model has, None for relative positions without a limit (the T5 family)."""
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
     if limit is None or config.model_type in {"t5", "mt5", "umt5", "longt5"}:
         return None
     after_padding = "roberta" in config.model_type or config.model_type == "camembert"
@@ -340,37 +347,40 @@ def _defaults(model: Any, config: Any) -> Iterator[None]:
         model.generation_config = own
 
 
-def _batch(
-    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: Decoding, side: int = 1
-) -> list[list[int]]:
+def _batch(model: Any, tokenizer: Any, rows: Sequence[Any], settings: Decoding, side: int = 1) -> list[list[int]]:
     """The new ids of each row of one batch, padding and end tokens included; every `side` rows answer as one."""
-    seq2seq = bool(model.config.is_encoder_decoder)
+    from transformers import GenerationMixin
+
+    sounds, seq2seq = hears(rows[0]), bool(model.config.is_encoder_decoder)
     start = 0 if seq2seq or settings.beams > 1 else shared(model, rows)
-    ids, mask = padded([row[start:] for row in rows], padding_id(model, tokenizer), left=not seq2seq)
-    front = torch.tensor([rows[0][:start]] * len(rows), dtype=torch.long).view(len(rows), start)
-    mask = torch.cat([torch.ones_like(front), mask], 1).to(model.device)
-    ids = torch.cat([front, ids], 1).to(model.device)
-    skip = 1 if seq2seq else ids.shape[1]
+    inputs = listened(model, tokenizer, rows) if sounds else _written(model, tokenizer, rows, start)
+    skip = inputs["decoder_input_ids"].shape[1] if sounds else 1 if seq2seq else inputs["input_ids"].shape[1]
     more: dict[str, Any] = {"logits_processor": [], "stopping_criteria": []}
     if settings.repetition_penalty != 1:
-        more["logits_processor"].append(Repetition(settings.repetition_penalty, mask[:, :0] if seq2seq else mask))
+        seen = inputs["attention_mask"][:, : 0 if seq2seq else None]
+        more["logits_processor"].append(Repetition(settings.repetition_penalty, seen))
     if side > 1:
         more["logits_processor"].append(Together(side, settings))
     if settings.stop:
         more["stopping_criteria"].append(Stop(tokenizer, settings.stop, skip))
     drawn = settings.temperature > 0 and side > 1  # by Together
     config = _config(model, tokenizer, replace(settings, temperature=0) if drawn else settings)
+    # the plain search for sounds: Whisper's own generate is for long sound, which it decodes window by window
+    search = partial(GenerationMixin.generate, model) if sounds else model.generate
     with _defaults(model, config), torch.no_grad():
         if not seq2seq and model._supports_default_dynamic_cache():
-            more["past_key_values"] = prefilled(model, ids[:, :start])
-        out = model.generate(input_ids=ids, attention_mask=mask, **more)
+            more["past_key_values"] = prefilled(model, inputs["input_ids"][:, :start])
+        out = search(**inputs, **more)
     return out[:, skip:].tolist()
 
 
-def _list(kind: str, item: Any) -> Any:
-    import transformers
-
-    return getattr(transformers, kind)([item])
+def _written(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], start: int) -> dict[str, Tensor]:
+    """Prompts padded to one length, the side by the family; their common beginning of `start` tokens stays in front."""
+    left = not model.config.is_encoder_decoder
+    ids, mask = padded([row[start:] for row in rows], padding_id(model, tokenizer), left=left)
+    front = torch.tensor([rows[0][:start]] * len(rows), dtype=torch.long).view(len(rows), start)
+    mask = torch.cat([torch.ones_like(front), mask], 1).to(model.device)
+    return {"input_ids": torch.cat([front, ids], 1).to(model.device), "attention_mask": mask}
 
 
 @dataclass(frozen=True)

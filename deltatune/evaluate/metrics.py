@@ -265,6 +265,34 @@ def _sacre_metric(name: str, kind: str) -> Metric:
     return Metric(name, True, stats, score)
 
 
+def edits(said: Sequence[str], true: Sequence[str]) -> int:
+    """Levenshtein's distance: the fewest words put in, left out or exchanged that turn one into the other."""
+    row = list(range(len(true) + 1))
+    for i, word in enumerate(said, 1):
+        last, row[0] = row[0], i
+        for j, other in enumerate(true, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (word != other))
+    return row[-1]
+
+
+def _word_errors(words: Callable[[str], list[str]]) -> Stats:
+    """(errors, words of the reference) of each row; of several references the one with the lowest rate."""
+
+    def stats(predictions: Sequence[str], references: Sequence[Any]) -> np.ndarray:
+        rows = []
+        for said, options in zip(predictions, map(_any_of, references), strict=True):
+            counts = [(edits(words(said), true), len(true)) for true in map(words, options)]
+            rows.append(min(counts, key=lambda pair: pair[0] / max(pair[1], 1)))
+        return np.array(rows, dtype=np.float64)
+
+    return stats
+
+
+def heard_words(text: str) -> list[str]:
+    """Lower-case words without punctuation; apostrophes within a word go too."""
+    return "".join(c for c in text.lower() if c.isalnum() or c.isspace() or c == "-").replace("-", " ").split()
+
+
 # JSON: a prediction is valid only as a whole; no digging for an object in prose.
 
 
@@ -355,6 +383,8 @@ METRICS: dict[str, Metric] = {
         Metric("perplexity", False, _likelihood, lambda s: perplexity(s[0], s[1]), by_row=True),
         _right("exact_match", _exact),
         _right("exact_match_normalised", _exact_normalised),
+        Metric("wer", False, _word_errors(str.split), _ratio),
+        Metric("wer_normalised", False, _word_errors(heard_words), _ratio),
         Metric("rouge_l", True, _mean(_rouge_l), _ratio, by_row=True),
         _sacre_metric("bleu", "BLEU"),
         _sacre_metric("chrf", "CHRF"),
@@ -385,6 +415,8 @@ def for_task(objective: Any, examples: Sequence[Any]) -> tuple[str, ...]:
     labels = [e.label for e in examples if e.label is not None]
     if labels and name != "sft":
         return _for_labels(labels, getattr(objective, "kind", "auto"))
+    if name == "sft" and all(getattr(e, "media", None) is not None for e in examples):
+        return ("wer", "wer_normalised", "exact_match") if any(map(answer, examples)) else ("perplexity",)
     answers = [a for a in map(answer, examples) if a]
     return _for_answers(answers) if answers else ("perplexity",)
 

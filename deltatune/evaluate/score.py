@@ -14,6 +14,7 @@ from ..data.batch import Batching, plan
 from ..data.encode import Encoded
 from ..data.example import Example
 from .generate import Decoding, answers, evaluating, fits
+from .hear import opening
 from .incontext import Prompt, Search, best_untuned
 from .intervals import difference, interval, plain
 from .metrics import answer, find, for_task, perplexity
@@ -46,32 +47,36 @@ def score(job: Job, examples: Sequence[Example], names: Sequence[str] = (), pred
     Perplexity comes from the loss, everything else from predictions; `predicts=False` makes none.
     """
     with evaluating(job.model), torch.no_grad():
-        loss = mean_loss(job, job.encode(examples))
+        loss = mean_loss(job, [row for rows in job.measured(examples) for row in rows])
         names = tuple(names) or metrics_for(job, examples)
         by_loss = {"perplexity": perplexity(loss, 1)} if job.objective.name == "sft" else {}
         by_loss = by_loss if "perplexity" in names or not predicts else {}
         names = tuple(name for name in names if name not in FROM_LOSS)
-        scored = [e for e in examples if job.objective.reference(e) is not None] if predicts and names else []
+        scored, references = answered(job, examples) if predicts and names else ([], [])
         if not scored:
             return Scored(loss, by_loss, [], [])
         predictions, speed = predict(job, scored)
-    references = [job.objective.reference(e) for e in scored]
     found = {name: find(name).compute(predictions, references) for name in names}
     return Scored(loss, found | by_loss, predictions, references, speed)
+
+
+def answered(job: Job, examples: Sequence[Example]) -> tuple[list[Example], list[Any]]:
+    """The rows that say what is right, and what they say."""
+    found = [(e, job.objective.reference(e)) for e in examples]
+    return [e for e, said in found if said is not None], [said for _, said in found if said is not None]
 
 
 def measurable(job: Job, examples: Sequence[Example]) -> None:
     """ValueError, before anything is trained, for rows that could not be measured after: too long, unsuited metrics."""
     names = [n for n in metrics_for(job, examples) if n not in FROM_LOSS]
-    wanted = {e.where: job.objective.reference(e) for e in examples}
-    scored = [e for e in examples if wanted[e.where] is not None] if names else []
+    scored, references = answered(job, examples) if names else ([], [])
     if scored and job.objective.name == "sft" and getattr(job.model, "can_generate", lambda: False)():
         for prompt in prompts_of(job, scored):
             try:
-                fits([prompt.ids], job.model, job.config.eval.max_new_tokens)
+                ids = opening(job.model, job.tokenizer) if prompt.read else prompt.ids
+                fits([ids], job.model, job.config.eval.max_new_tokens)
             except ValueError as error:
                 raise ValueError(f"{prompt.where}: {error} (eval.max_new_tokens)") from None
-    references = [wanted[e.where] for e in scored]
     perfect = [getattr(job.objective, "perfect", lambda r: r)(r) for r in references]
     for name in names if scored else ():
         try:
@@ -98,7 +103,7 @@ def mean_loss(job: Job, rows: Sequence[Encoded]) -> float:
 
 def batches(job: Job, rows: Sequence[Encoded]) -> Any:
     """Batches of like length, longest rows too: packed inside a run that packs, else padded."""
-    lengths = [max(len(r.ids), len(r.labels or ())) for r in rows]
+    lengths = [row.length for row in rows]
     room = max(BATCH_TOKENS, max(lengths, default=1))
     packs = takes_packed(job.model)
     for group in plan(lengths, Batching(tokens=room, packing=packs, group=not packs)):
@@ -118,16 +123,16 @@ def prompts_of(job: Job, examples: Sequence[Example]) -> list[Encoded]:
     """Rows as they are trained, cut before the last answer: training and inference render alike."""
     from ..train.job import last_turn
 
-    return [row for e in examples for row in job.encode([e], last_turn(job.encoding))[-1:]]
+    return [row for rows in job.measured(examples, last_turn(job.encoding)) for row in rows[-1:]]
 
 
 def classify(job: Job, examples: Sequence[Example]) -> list[Any]:
     """One prediction an example: of its row, or of all its windows joined."""
     read = getattr(job.objective, "parts", job.objective.predict)
-    own = [job.encode([e]) for e in examples]
+    own = job.measured(examples)
     rows = [row for windows in own for row in windows]
     found: list[Any] = [None] * len(rows)
-    lengths = [len(r.ids) for r in rows]
+    lengths = [r.length for r in rows]
     for group in plan(lengths, Batching(tokens=max(BATCH_TOKENS, max(lengths)), group=True)):
         for i, said in zip(group, read(job.model, job.batch([rows[i] for i in group], False)), strict=True):
             found[i] = said
@@ -150,8 +155,13 @@ def untuned(job: Job, examples: Sequence[Example], held_out: int = 12) -> tuple[
     search = Search(names[0], names[1:], held_out, job.config.train.seed, Decoding(job.config.eval.max_new_tokens))
     found = best_untuned(job.model, job.tokenizer, job.train, examples, prompts, search)
     said, wanted = found.pop("predictions"), found.pop("references")
+    return said_as_text(own, names, said, wanted), found
+
+
+def said_as_text(own: Scored, names: Sequence[str], said: list[Any], wanted: list[Any]) -> Scored:
+    """Answers to a prompt as text against the wanted ones; loss and perplexity are the rows' `own`."""
     numbers = {name: find(name).compute(said, wanted) for name in names if name not in FROM_LOSS}
-    return Scored(own.loss, numbers | own.metrics if "perplexity" in names else numbers, said, wanted), found
+    return Scored(own.loss, numbers | own.metrics if "perplexity" in names else numbers, said, wanted)
 
 
 def baselines(job: Job) -> Sequence[Prompt]:

@@ -49,11 +49,11 @@ class Bottleneck(Delta):
         """h [*, d_in] -> what is added to y [*, d_out], in y's dtype."""
         return (self.scale * self.up(self.act(self.down(h.to(self.down.weight.dtype))))).to(y.dtype)
 
-    def reads(self, x: Tensor, y: Tensor) -> Tensor:
+    def own_input(self, x: Tensor, y: Tensor) -> Tensor:
         return x if self.site.is_span else y
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.change(self.reads(x, y), y)
+        return y + self.change(self.own_input(x, y), y)
 
 
 class BeforeNorm(Bottleneck):
@@ -61,3 +61,7 @@ class BeforeNorm(Bottleneck):
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return layer.forward(x + self.change(y, x))
+
+    def shared(self, layer: nn.Module, given: tuple[Tensor, Tensor], g: Tensor) -> Tensor:
+        x, y = given
+        return layer.forward(x + g * self.change(y, x))

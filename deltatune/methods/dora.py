@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ..core.delta import Dense
 from ..core.quant import dense
 from ..core.registry import method
-from ..core.site import Site
+from ..core.site import Site, take
 from .lora import LoRA
 from .low_rank import LowRank
 
@@ -39,6 +39,8 @@ class DoRA(LoRA):
 class Decomposed(LowRank):
     """m [d_out] starts as the norm of each row of W, so that the layer starts as it was."""
 
+    held: tuple[Tensor, Any, list[Tensor], Tensor] | None = None  # what the norm was made of last, and the norm
+
     def __init__(self, d_in: int, d_out: int, settings: tuple[int, float, float], scaling: str = "standard"):
         super().__init__(d_in, d_out, settings, scaling)
         self.lora_magnitude_vector = nn.Parameter(torch.ones(d_out))
@@ -60,14 +62,33 @@ class Decomposed(LowRank):
         # where B and W cancel, rounding may leave less than nothing
         return (own + 2 * self.scale * cross + self.scale**2 * change).clamp_min(torch.finfo(dtype).tiny).sqrt()
 
+    def norm_now(self, layer: Any) -> Tensor:
+        """`norm`, kept from one forward pass to the next (decoding) while no gradient is recorded: until A, B or the
+        layer's weight changes. On a CPU alone: elsewhere the comparison waits for the device, and costs what it saves.
+        """
+        w = layer.weight
+        if torch.is_grad_enabled() or w.device.type != "cpu" or w.is_inference() or torch.compiler.is_compiling():
+            self.held = None
+            return self.norm(dense(layer, self.site.columns).weight)
+        facts = (w.data_ptr(), w._version, getattr(w, "quant_state", None))
+        own = [t for t in (self.lora_A, self.lora_B, self.start_A, self.start_B) if t is not None]
+        if self.held is None or self.held[1] != facts or not all(map(torch.equal, own, self.held[2])):
+            norm = self.norm(dense(layer, self.site.columns).weight)
+            # the weight's alias keeps its address from being given to another one
+            self.held = (w.detach(), facts, [t.detach().clone() for t in own], norm)
+        return self.held[3]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "held"}
+
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """y + (g - 1) (y - b) + g s B A x with g = m / ||V||: the bias is no part of the direction."""
-        base = dense(layer, self.site.columns)
-        gain = self.lora_magnitude_vector / self.norm(base.weight)
-        plain = y if base.bias is None else y - base.bias
+        gain = self.lora_magnitude_vector / self.norm_now(layer)
+        bias = getattr(layer, "bias", None)
+        plain = y if bias is None else y - take(bias, self.site.columns, 0)
         if self.dropout and self.training:  # what is added sees the dropped input, the base the whole one
             x = F.dropout(x, self.dropout)
-            plain = F.linear(x, base.weight)
+            plain = F.linear(x, dense(layer, self.site.columns).weight)
         a, b = self.factors()
         low = F.linear(F.linear(x, a.to(x.dtype)), (self.scale * gain[:, None] * b).to(x.dtype))
         return y + (gain - 1).to(y.dtype) * plain + low

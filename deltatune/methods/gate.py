@@ -25,11 +25,11 @@ PER = ("sequence", "token")
 @method("gate", paper="2110.07577", kind="adapter", identity=False, tiny={"": {"of": SMALL, "pool": 3}})
 @dataclass(frozen=True)
 class Gate:
-    """A learned gate on each layer's change by each of the methods `of`, read from what the change is made from.
+    """A learned gate on each layer's change by each of the methods `of`, read from what the change is computed from.
 
     per "sequence": the mean of the tokens' gates, as in the paper; "token": each its own (but one for a prefix).
     pool: how many first tokens that mean takes; left out, all of an encoder's, 16 of a causal model's, always 1 of a
-    decoder's beside an encoder. Parameters: d + 1 for each layer and method, d the width of what its gate reads.
+    decoder's beside an encoder. Parameters: (width of what is read) + 1 for each layer and method.
     """
 
     of: tuple[Any, ...] = field(default=(LoRA(), Prefix(), Adapter()), metadata={"methods": True})
@@ -79,7 +79,7 @@ class Gated(Wrapped):
         return x + self.share(x) * (self.inner.before(layer, x) - x)
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return y + self.share(self.inner.reads(x, y)) * (self.inner.after(layer, x, y) - y)
+        return self.inner.shared(layer, (x, y), self.share(self.inner.own_input(x, y)))
 
 
 class Front(Gated):

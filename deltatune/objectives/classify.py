@@ -1,4 +1,7 @@
-"""Classify: a linear head on the first token of an encoder or the last of a decoder (BERT, arXiv:1810.04805)."""
+"""Classify: a linear head on the first token of an encoder or the last of a decoder (BERT, arXiv:1810.04805).
+
+Models of pictures (ViT, CLIP) and sounds (Whisper's encoder) have the heads that transformers gives them.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from ..data.check import mixed_labels
 from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
 from ..data.problems import Problems
-from .common import combined, exact, load, name_classes, run
+from .common import class_head, combined, exact, load, name_classes, run
 
 Kind = Literal["auto", "single", "multi", "regression"]
 
@@ -48,7 +51,9 @@ class Classify:
         """Class names and kind from the training rows."""
         unlabelled = next((e.where for e in examples if e.label is None), None)
         if unlabelled:
-            raise ValueError(f"{unlabelled}: classify needs a label in every row (columns text and label)")
+            raise ValueError(
+                f"{unlabelled}: classify needs a label in every row (columns text, image or audio, and label)"
+            )
         if self.labels is None:
             refuse_mixed(examples)
         names = self.labels if self.labels is not None else label_names(examples)
@@ -67,7 +72,7 @@ class Classify:
 
     def load(self, path: Any, config: Any, **options: Any) -> Any:
         names = list(self.labels or ())
-        model = load("AutoModelForSequenceClassification", path, num_labels=max(len(names), 1), **options)
+        model = load(class_head(config), path, num_labels=max(len(names), 1), **options)
         return name_classes(model, names)
 
     def check(self, model: Any) -> None:
@@ -90,7 +95,7 @@ class Classify:
 
     def logits(self, model: Any, batch: Batch) -> Tensor:
         """[rows, classes]. A decoder is read at its last real token: the head's own rule would stop at the pad id."""
-        if model.config.is_encoder_decoder:
+        if model.config.is_encoder_decoder and "input_ids" in batch.inputs:
             return run(model, batch, decoder_input_ids=shifted(model, batch.inputs["input_ids"])).logits
         if not hasattr(model, "score"):
             return run(model, batch).logits

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from ..core.attention import packed, positions
 from ..core.delta import Refusal
-from ..core.site import head_modules
+from ..core.site import head_modules, output_layer
 from ..data.batch import Batch
+from ..data.media import reads
 
 IGNORE = -100
 
@@ -23,7 +24,8 @@ IGNORE = -100
 def load(auto: str, path: Path | str, **options: Any) -> Any:
     """A transformers Auto class's from_pretrained: safetensors only, never remote code, nothing but a new head missing.
 
-    Weights that the checkpoint lacks (a pooler, a head) are drawn from a fixed seed: the base is the same every time.
+    A head of other classes than the rows have is a new one too. Weights that the checkpoint lacks (a pooler, a head)
+    are drawn from a fixed seed: the base is the same every time.
     """
     import transformers
 
@@ -31,9 +33,13 @@ def load(auto: str, path: Path | str, **options: Any) -> Any:
     with quiet(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
         opener = getattr(transformers, auto).from_pretrained
-        model, info = opener(path, use_safetensors=True, output_loading_info=True, **options)
+        headed = {"ignore_mismatched_sizes": True} if auto in HEADED else {}
+        model, info = opener(path, use_safetensors=True, output_loading_info=True, **headed, **options)
     heads = tuple(head_modules(model)) if auto in HEADED else ()
-    lost = sorted(k for k in info["missing_keys"] if not (heads and k.startswith(heads)) and "pooler" not in k)
+    sizes = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
+    lost = sorted(
+        k for k in {*info["missing_keys"], *sizes} if not (heads and k.startswith(heads)) and "pooler" not in k
+    )
     if lost:
         raise ValueError(
             f"{path} lacks {len(lost)} weights that {type(model).__name__} needs, such as {lost[0]}: "
@@ -44,6 +50,8 @@ def load(auto: str, path: Path | str, **options: Any) -> Any:
 
 HEADED = (
     "AutoModelForSequenceClassification",
+    "AutoModelForImageClassification",
+    "AutoModelForAudioClassification",
     "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering",
 )
@@ -54,7 +62,7 @@ def name_classes(model: Any, names: list[str]) -> Any:
     if names:
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {n: i for i, n in enumerate(names)}
-    if model.config.pad_token_id is None:
+    if getattr(model.config, "pad_token_id", 0) is None:  # models of pictures have none
         model.config.pad_token_id = model.config.eos_token_id
     return model
 
@@ -79,9 +87,16 @@ def language_class(config: Any) -> str:
     """The Auto class whose head predicts tokens for this configuration."""
     names = " ".join(config.architectures or ())
     if config.is_encoder_decoder:
-        return "AutoModelForSeq2SeqLM"
+        return "AutoModelForSpeechSeq2Seq" if reads(config) == "audio" else "AutoModelForSeq2SeqLM"
     masked = "MaskedLM" in names or config.model_type in MASKED
     return "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
+
+
+def class_head(config: Any) -> str:
+    """The Auto class whose head tells classes for this configuration."""
+    return {"image": "AutoModelForImageClassification", "audio": "AutoModelForAudioClassification"}.get(
+        reads(config) or "", "AutoModelForSequenceClassification"
+    )
 
 
 MASKED = ("bert", "roberta", "distilbert", "electra", "modernbert", "albert", "deberta-v2", "xlm-roberta", "camembert")
@@ -96,7 +111,7 @@ def kind_of(model: Any) -> str:
 
 def needs_words(model: Any, objective: str) -> None:
     """Refusal for a model without a language head."""
-    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+    if output_layer(model) is None:
         raise Refusal(
             f"{objective} reads the language model's words, and this model has no language head.",
             found=type(model).__name__,
@@ -111,6 +126,15 @@ def run(model: nn.Module, batch: Batch, **more: Any) -> Any:
     inputs = {**batch.inputs, "position_ids": positions(model, batch.lens)}
     with packed(batch.lens):
         return model(**inputs, **more)
+
+
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """What the decoder reads to say `labels` [rows, seq]: the same, one place later."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    start = torch.full_like(labels[:, :1], model.config.decoder_start_token_id)
+    read = torch.cat([start, labels[:, :-1]], 1)
+    return read.masked_fill(read == IGNORE, model.config.pad_token_id)
 
 
 def kept_logits(model: nn.Module, batch: Batch, keep: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ..data.encode import Encoded, Encoding, encode_all, encoder
 from ..data.example import Example
 from ..data.problems import BadRow
 from ..prompting.template import Filler, Template
-from .common import IGNORE, kept_logits, kind_of, language_class, load, needs_words, run, token_loss
+from .common import IGNORE, decoder_inputs, kept_logits, kind_of, language_class, load, needs_words, run, token_loss
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class SFT:
         needs_words(model, self.name)
 
     def encode(self, example: Example, tokenizer: Any, encoding: Encoding) -> list[Encoded]:
+        if self.template is not None and example.media is not None:
+            fix = "Leave objective.sft.template out"
+            raise BadRow("wrong_input", example.where, example.media.kind, "a template asks with words alone", fix)
         if self.template is None:
             return encode_all(example, tokenizer, encoding)
         return [templated(example, tokenizer, encoding, Template(self.template, gap=False))]
@@ -62,7 +65,7 @@ class SFT:
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """(sum over the supervised tokens, metrics). Logits are made only at the positions that predict one."""
         if kind_of(model) == "seq2seq":
-            start = model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+            start = decoder_inputs(model, batch.labels)
             out = run(model, batch, decoder_input_ids=start, use_cache=False)
             return token_loss(out.logits, batch.labels)
         wanted = batch.labels[:, 1:]  # position t predicts token t + 1

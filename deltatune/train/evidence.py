@@ -69,11 +69,13 @@ def key_of(job: Job) -> dict[str, Any]:
 
 
 def general(job: Job, compare: bool = False) -> dict[str, Any] | None:
-    """How well the model reads general text now; None when the user turned it off, a note when there is no text.
+    """How well the model reads general text now; None when the user turned it off or the model reads no text.
+
+    A note when there is no text to be had.
 
     compare: the KL to the base too, a second forward pass. A model without a language head has nothing else.
     """
-    if not job.config.eval.retention:
+    if not job.config.eval.retention or job.media is not None:
         return None
     try:
         texts = kept.default_texts()

@@ -202,6 +202,8 @@ def digest(examples: Sequence[Any]) -> dict[str, Any]:
         found.update(
             repr((e.turns, e.prompt, e.completion, e.text, e.text_pair, e.label, e.tools)).encode("utf-8", "replace")
         )
+        if e.media is not None:
+            found.update(e.media.digest.encode())
     return {"rows": len(examples), "sha256": found.hexdigest()}
 
 

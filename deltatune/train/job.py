@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from ..config import Config, recipes
 from ..core.attach import activate, attach, attached, each, known, packing, trainable
 from ..core.delta import Given
-from ..core.quant import options, steady
 from ..core.site import head_modules
 from ..core.sparse import unthinned
 from ..core.store import add_tokens
 from ..data.batch import Batch, Batching, pack, pad, plan, side_by_side
 from ..data.encode import Encoded, Encoding, encoder
 from ..data.example import Example
+from ..data.media import Reader, parted, reader
 from ..data.mix import Mixture
 from ..data.problems import BadRow, Problems
 from ..data.sources import task_of
@@ -36,16 +36,16 @@ from ..methods.tokens import NewTokens
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
-from ..zoo import model_path
 from . import memory
+from .lengths import fitting, longest, unread
+from .opening import DTYPES, open_model, tokenizer_of
 from .prompts import check_prompts, with_tasks
 from .sampler import Sampler
 from .sets import SAMPLE, read, read_sets, streamed, tasks
 from .streaming import Flow, Source
 
 ADAPTER = "default"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
+HEARS = ("classify", "sft")  # the objectives that take rows of pictures and sounds
 SELDOM = r"(pooler|head|classifier|score|embed|wte|wpe|rows)"  # keys without a gradient in many a batch
 
 
@@ -68,10 +68,17 @@ class Job:
     recompute: bool = False  # gradient checkpointing
     sizes: list[int] = field(default_factory=list)  # rows of each training set, where they are mixed
     fresh: bool = True  # the adapter was attached for this run, untrained
+    kept: dict[tuple[int, Encoding], tuple[Example, list[Encoded]]] = field(default_factory=dict)  # of `measured`
+    processor: Any = None  # of pictures or sounds; None: the one that lies beside the model
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @cached_property
+    def media(self) -> Reader | None:
+        """What reads the rows' pictures or sounds; None for a model of text."""
+        return reader(self.model.config, self.processor)
 
     @property
     def pad_id(self) -> int:
@@ -112,7 +119,7 @@ class Job:
         if self.prompts > 1:
             rows = side_by_side(rows, self.encoding.prompt_sets, self.prompts)
         batch = pack(rows) if packs else pad(rows, self.pad_id)
-        return replace(batch, prompts=self.prompts, combine=self.encoding.combine).to(self.device)
+        return replace(batch, prompts=self.prompts, combine=self.encoding.combine).to(self.device, self.model.dtype)
 
     @property
     def prompts(self) -> int:
@@ -137,17 +144,37 @@ class Job:
 
     def encode(self, examples: Sequence[Example], encoding: Encoding | None = None) -> list[Encoded]:
         """Every row of `examples`; ValueError that lists every row that cannot be used."""
+        return [row for rows in self.encoded(examples, encoding or self.encoding) for row in rows]
+
+    def encoded(self, examples: Sequence[Example], encoding: Encoding) -> list[list[Encoded]]:
+        """As `encode`, the rows of each example apart."""
         problems, found = Problems(), []
         for example in examples:
             problems.accept()
             try:
-                self.ends(example)
-                how = (encoding or self.encoding).of(example.task, example.where)
-                found += self.objective.encode(example, self.tokenizer, how)
+                self.suits(example)
+                how = encoding.of(example.task, example.where)
+                found.append(self.objective.encode(example, self.tokenizer, how))
             except BadRow as fault:
                 problems.retract(fault)
         problems.refuse()
         return found
+
+    def measured(self, examples: Sequence[Example], encoding: Encoding | None = None) -> list[list[Encoded]]:
+        """As `encoded`, kept: the same rows are measured before training, within and after."""
+        how = encoding or self.encoding
+        new = [e for e in examples if (id(e), how) not in self.kept]
+        # with the example itself, whose id would otherwise be another's once it is gone
+        self.kept |= {(id(e), how): (e, rows) for e, rows in zip(new, self.encoded(new, how), strict=True)}
+        return [self.kept[id(e), how][1] for e in examples]
+
+    def suits(self, example: Example) -> None:
+        """BadRow for a row that the objective, or the model under it, cannot take."""
+        if example.media is not None and self.objective.name not in HEARS:
+            reason = f"{self.objective.name} asks with words, the row holds an {example.media.kind}"
+            fix = f"Choose one of the objectives {', '.join(HEARS)}"
+            raise BadRow("wrong_input", example.where, example.media.kind, reason, fix)
+        self.ends(example)
 
     def ends(self, example: Example) -> None:
         """An encoder-decoder classifies at the end-of-sequence token: BadRow for a text that holds one of its own."""
@@ -208,37 +235,6 @@ class Job:
 
 
 # ---- preparing -------------------------------------------------------------------------------------------------------
-def open_model(config: Config, objective: Any) -> tuple[nn.Module, Any]:
-    """(model with the head the objective needs, tokenizer) of `model.name`, in evaluation mode."""
-    path = model_path(config.model.name, config.model.revision)
-    tokenizer = open_tokenizer(path)
-    device, number = "cuda" if torch.cuda.is_available() else "cpu", dtype(config)
-    how = options(config.model.quant, number, device) if config.model.quant else {"dtype": number}
-    model = objective.load(path, model_config(path), **how)
-    return steady(model.to(device)).eval(), tokenizer
-
-
-def open_tokenizer(path: Path | str) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token = tokenizer.eos_token  # batches mask by length, so that a shared id hides nothing
-    return tokenizer
-
-
-def model_config(path: Path | str) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(path)
-
-
-def dtype(config: Config) -> torch.dtype:
-    """What the user asked for, or bf16 where the hardware multiplies it fast."""
-    asked = next((x for x in (config.model.dtype, config.train.precision) if x != "auto"), None)
-    return DTYPES[asked] if asked else best_dtype()
-
-
 def methods(config: Config, objective: Any, added: tuple[int, ...] = ()) -> tuple[Any, ...]:
     """The configured methods; a task head and the rows of `added` tokens are always trained beside them."""
     found = build_methods([dict(block) for block in config.method])
@@ -282,15 +278,8 @@ def bound(method: Any, tokenizer: Any) -> Any:
 
 def settle(job: Job) -> Job:
     """Bind the objective to the tokenizer, encode with the adapter's virtual ids in front, and pin what was `auto`."""
-    if hasattr(job.objective, "bind"):
-        job.objective = job.objective.bind(job.tokenizer, kind_of(job.model))
-    job.encoding = Encoding(
-        max_length=longest(job),
-        train_on=getattr(job.objective, "train_on", "assistant"),
-        decoder=kind_of(job.model) == "seq2seq" and not job.objective.task_head,
-        **prompted(job.model, job.adapter),
-    )
-    check_prompts(job)
+    check_prompts(settle_encoding(job))
+    job.notes += unread(job)
     job.rows = told(job, "training", job.train)
     if job.config.data.mix:
         job.sizes = set_sizes(job)
@@ -309,6 +298,20 @@ def settle(job: Job) -> Job:
     return job
 
 
+def settle_encoding(job: Job) -> Job:
+    """The objective's words as ids, and how rows become tokens for this model and adapter."""
+    if hasattr(job.objective, "bind"):
+        job.objective = job.objective.bind(job.tokenizer, kind_of(job.model))
+    job.encoding = Encoding(
+        max_length=longest(job),
+        train_on=getattr(job.objective, "train_on", "assistant"),
+        decoder=kind_of(job.model) == "seq2seq" and not job.objective.task_head,
+        **prompted(job.model, job.adapter),
+        media=job.media,
+    )
+    return job
+
+
 def set_sizes(job: Job) -> list[int]:
     """Encoded rows of each set of `data.train`: files of one task that follow each other are one set."""
     sizes: dict[str, int] = {}
@@ -321,55 +324,16 @@ def set_sizes(job: Job) -> list[int]:
 
 
 def told(job: Job, name: str, examples: Sequence[Example]) -> list[Encoded]:
-    """A set's rows as tokens, with a note of what max_length cuts off them."""
+    """A set's rows as tokens, with a note of what max_length cuts off them. All but training rows are kept."""
     coders = [encoder(job.tokenizer, own) for own in job.encoding.each()]
     cut, lost = sum(c.truncated for c in coders), sum(c.lost_tokens for c in coders)
-    rows = job.encode(examples)
+    rows = job.encode(examples) if name == "training" else [row for own in job.measured(examples) for row in own]
     cut, lost = sum(c.truncated for c in coders) - cut, sum(c.lost_tokens for c in coders) - lost
     job.notes += [note for note in dict.fromkeys(n for c in coders for n in c.notes) if note not in job.notes]
     if cut:
         most = job.encoding.max_length
         job.notes.append(f"{name}: {cut} rows are cut to max_length {most}, {lost} tokens are lost")
     return rows
-
-
-def fitting(job: Job) -> None:
-    """ValueError for training rows that no batch can hold, before anything is measured."""
-    most = job.batching().tokens
-    long = {row.where: row.length for row in job.rows if most and row.length > most}
-    if long:
-        longest, shown = max(long.values()), ", ".join(list(long)[:5])
-        raise ValueError(
-            f"{len(long)} rows are longer than train.batch_tokens {most} ({shown}; up to {longest} tokens). "
-            f"Raise train.batch_tokens to {longest}, or lower train.max_length to {most}"
-        )
-
-
-def places(config: Any) -> int | None:
-    """How many positions a model of this configuration has; None: no fixed number."""
-    found = getattr(config, "max_position_embeddings", None)
-    if not isinstance(found, int) or found < 1:
-        return None
-    # some are numbered from after the padding id
-    return found - (int(config.pad_token_id or 0) + 1 if config.model_type in OFFSET_POSITIONS else 0)
-
-
-def longest(job: Job) -> int:
-    """train.max_length, or what the model has positions for."""
-    wanted, config = job.config.train.max_length, job.model.config
-    room = places(config)
-    if room is None:
-        return wanted
-    taken = known(job.model, job.adapter).shifts.get(job.adapter, 0) if job.adapter else 0
-    room -= taken
-    if room < 1:
-        raise ValueError(
-            f"the prefix leaves no room: {config.model_type} has {config.max_position_embeddings} positions, and the "
-            f"adapter takes {taken} of them; choose a shorter one"
-        )
-    if room < wanted:
-        job.notes.append(f"rows may have {room} tokens, not {wanted}: {config.model_type} has no more positions")
-    return min(room, wanted)
 
 
 def recomputes(job: Job) -> bool:
@@ -448,7 +412,7 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
     name = given["adapter"]
     if name not in attached(model):
         raise ValueError(f"adapter {name!r} is not attached: call attach(model, LoRA(...), name={name!r}) first")
-    tokenizer = given.get("tokenizer") or tokenizer_of(model)
+    tokenizer, processor = parted(given.get("tokenizer") or tokenizer_of(model))
     asked = DTYPES.get(config.train.precision, DTYPES.get(config.model.dtype))
     have = next(model.parameters()).dtype
     if asked not in (None, have):
@@ -470,26 +434,13 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
             f"attach(model, [LoRA(), Head()], name={name!r}), unless the head was trained before",
             stacklevel=3,
         )
-    return settle(
-        Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes, fresh=False)
-    )
+    job = Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes, fresh=False)
+    return settle(replace(job, processor=processor))
 
 
 def trains_head(model: nn.Module, name: str) -> bool:
     heads = tuple(head_modules(model))
     return any(delta.site.write.startswith(heads) for _, delta in each(model, name))
-
-
-def tokenizer_of(model: Any) -> Any:
-    """The tokenizer of the folder or hub id a model came from; ValueError where it came from nowhere."""
-    name = getattr(model.config, "_name_or_path", "")
-    fix = "give train(..., tokenizer=AutoTokenizer.from_pretrained(...))"
-    if not name:
-        raise ValueError(f"the model does not say where it came from, so its tokenizer is not known: {fix}")
-    try:
-        return open_tokenizer(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer at {name!r}, where the model came from: {fix}") from error
 
 
 def last_turn(encoding: Encoding) -> Encoding:

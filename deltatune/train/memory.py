@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..core.delta import SLOT
+from ..data.media import reads
 
 if TYPE_CHECKING:
     from .job import Job
@@ -22,17 +23,18 @@ RECOMPUTED = 2  # with gradient checkpointing only the blocks' inputs stay
 
 def estimate(job: Job, trainable: Mapping[str, nn.Parameter]) -> dict[str, int]:
     """Predicted bytes by part, and their sum `total`."""
-    config, t = job.model.config, job.config.train
+    whole, t = job.model.config, job.config.train
+    config = getattr(whole, "vision_config", whole) if reads(whole) == "image" else whole
     base = sum(p.numel() * p.element_size() for n, p in job.model.named_parameters() if SLOT not in n)
     tuned = sum(p.numel() for p in trainable.values())
     masters = sum(p.numel() * 4 for p in trainable.values() if p.dtype != torch.float32)
-    longest = max((len(row.ids) for row in job.rows), default=1)
+    longest = max((row.length for row in job.rows), default=1)
     tokens = t.batch_tokens or longest * (t.batch_rows or 1)
     depth = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)
     hidden = int(config.hidden_size)
     wide = 2 if next(job.model.parameters()).dtype == torch.float32 else 1
     per_layer = RECOMPUTED if job.recompute else ACTIVATIONS
-    supervised = sum(r.targets for r in job.rows) / max(sum(len(r.ids) for r in job.rows), 1)
+    supervised = sum(r.targets for r in job.rows) / max(sum(r.length for r in job.rows), 1)
     parts = {
         "weights": base,
         "gradients": tuned * 4,

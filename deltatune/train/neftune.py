@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltatune.core.site import embeddings, input_layer
 from deltatune.train import rng
 
 
@@ -42,14 +43,13 @@ def noise(module: nn.Module, alpha: float, seed: int) -> Iterator[Noise]:
     if not alpha:
         yield hook
         return
-    model = module.model if isinstance(getattr(module, "model", None), nn.Module) else module
-    get = getattr(model, "get_input_embeddings", None)
-    if get is None:
-        raise ValueError(f"neftune={alpha}: {type(model).__name__} has no get_input_embeddings(); set neftune to 0")
-    # Encoder-decoders share the table, but what their encoder calls is its own module.
-    encoder = getattr(model, "get_encoder", None)
-    stack = encoder() if encoder and getattr(getattr(model, "config", None), "is_encoder_decoder", False) else model
-    handle = (getattr(stack, "embed_tokens", None) or get()).register_forward_hook(hook.add)
+    inner = getattr(module, "model", None)
+    model = inner if isinstance(inner, nn.Module) else module
+    tokens = embeddings(model) if input_layer(model) is not None else []
+    if not tokens:
+        raise ValueError(f"neftune={alpha}: {type(model).__name__} has no token embedding; set neftune to 0")
+    # of an encoder-decoder the encoder's own module, though both share the table
+    handle = model.get_submodule(tokens[0]).register_forward_hook(hook.add)
     try:
         yield hook
     finally:

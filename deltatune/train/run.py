@@ -119,6 +119,8 @@ def train(model: Any, objective: Any, *, data: Any, adapter: str = "default", ou
     """
     talks = "observers" not in given
     tokenizer, observers = given.pop("tokenizer", None), tuple(given.pop("observers", ()) or ())
+    if isinstance(data, list | tuple) and any(isinstance(row, Mapping) for row in data):
+        raise ValueError("data names files: deltatune.keep_rows(rows, folder) writes rows to one, and returns its path")
     sections = sorted_out({"data": {"train": data}, "train": {}, "eval": {}}, given)
     goal = record(build_objective(objective))
     blocks = [{name: fields} for block in methods_of(model, adapter) for name, fields in block.items()]
@@ -163,7 +165,7 @@ def plan(config: Config) -> dict[str, Any]:
     sampler, tuned = job.sampler(), job.trainable()
     return {
         "rows": len(job.rows),
-        "tokens": sum(len(r.ids) for r in job.rows),
+        "tokens": sum(r.length if r.read else len(r.ids) for r in job.rows),
         "learned_tokens": sum(r.targets for r in job.rows),
         "steps": job.steps(sampler),
         "trainable_parameters": sum(p.numel() for p in tuned.values()),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import Config, resolve
+from ..config import READ, Config, resolve
 from ..core.attach import attached, disabled
 from ..core.merging import merge
 from ..core.quant import scheme
@@ -17,17 +17,17 @@ from ..core.store import load as load_adapter
 from ..core.store import read_manifest
 from ..data.encode import Encoding
 from ..data.example import Example
-from ..evaluate.asking import prompted
+from ..data.media import parted
 from ..evaluate.generate import Decoding
 from ..evaluate.incontext import Prompt, predict, reference
-from ..evaluate.metrics import find
 from ..evaluate.retention import default_texts
-from ..evaluate.score import FROM_LOSS, Scored, intervals, metrics_for, score
+from ..evaluate.score import Scored, intervals, metrics_for, said_as_text, score
 from ..objectives import build as build_objective
-from ..objectives.common import kind_of
 from ..zoo import model_path
 from .evidence import forgotten, general, known_bounds
-from .job import Job, longest, model_config, open_model, told
+from .job import Job, settle_encoding, told
+from .lengths import unread
+from .opening import model_config, open_model, open_weights
 from .sets import measured, read
 
 WINDOW, WINDOWS = 128, 16  # tokens of a piece of text that a merge is measured on, and how many pieces
@@ -38,7 +38,7 @@ def record_of(job: Job) -> dict[str, Any]:
     from ..objectives import record
 
     data = job.config.data
-    rows = {key: value for key, value in {"format": data.format, "columns": data.columns}.items() if value}
+    rows = {key: value for key in READ if (value := getattr(data, key))}
     plain = {"plain": True} if any(e.completion is not None for e in job.train) else {}
     return {"objective": record(job.objective), "max_length": job.encoding.max_length} | plain | rows
 
@@ -73,15 +73,15 @@ def merged(model: nn.Module, record: Mapping[str, Any], base: str | None, name: 
         return merge(model, name).eval()
     number = {torch.float32: "fp32", torch.bfloat16: "bf16"}[next(model.parameters()).dtype]
     config = resolve(Config(model={"name": base, "dtype": number}, data="none")).config
-    return merge(model, name, base=open_model(config, build_objective(record["objective"]))[0]).eval()
+    return merge(model, name, base=open_weights(config, build_objective(record["objective"]))).eval()
 
 
 def cost_text(model: nn.Module, tokenizer: Any, examples: Sequence[Any] | None) -> list[dict[str, Tensor]] | None:
-    """What a merge over a packed base is measured on: pieces of the examples' text, or of general text.
+    """What a merge is measured on: pieces of the examples' text, or over a packed base of general text.
 
-    None over a plain base, where merging changes nothing but rounding.
+    None over a plain base without examples: merging changes nothing but rounding there.
     """
-    if scheme(model) is None:
+    if scheme(model) is None and examples is None:
         return None
     texts = default_texts() if examples is None else [spoken(example) for example in examples]
     ids = tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt").input_ids[0]
@@ -102,7 +102,10 @@ def recorded_fields(asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[
     return {name: {**(found.get(name) or {}), **(fields or {})}}
 
 
-OWN_HEADS = {"classify": "SequenceClassification", "tag": "TokenClassification"}
+OWN_HEADS = {
+    "classify": ("SequenceClassification", "ImageClassification", "AudioClassification"),
+    "tag": ("TokenClassification",),
+}
 
 
 def own_labels(ref: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,7 +113,7 @@ def own_labels(ref: str, kind: str, fields: Mapping[str, Any]) -> dict[str, Any]
     if fields.get("kind") == "regression":
         return dict(fields)
     config = model_config(model_path(ref))
-    if not any(OWN_HEADS[kind] in name for name in config.architectures or ()):
+    if not any(head in name for name in config.architectures or () for head in OWN_HEADS[kind]):
         raise ValueError(f"{ref} is no classifier, and no run says which classes there are: give --adapter RUN")
     if config.num_labels < 2:
         return {**fields, "kind": "regression"}
@@ -126,7 +129,7 @@ def evaluate_file(
     retention is measured where it was asked for.   shown: the rows that the examples of `eval.shots` are drawn from.
     """
     block = record.get("objective", record)
-    how = {key: record[key] for key in ("format", "columns") if record.get(key)}
+    how = {key: record[key] for key in READ if record.get(key)}
     length = {"max_length": record["max_length"]} if record.get("max_length") else {}
     config = Config(model="any", data={"train": ref, **how}, train=length).model_copy(update={"eval": section})
     notes: list[str] = []
@@ -136,16 +139,12 @@ def evaluate_file(
     objective = build_objective(block)
     known = objective.name in ("sft", "qa") or bool(objective.labels) or getattr(objective, "kind", "") == "regression"
     objective = settled(objective, examples) if known else objective.fit(examples)
-    if hasattr(objective, "bind"):
-        objective = objective.bind(tokenizer, kind_of(model))
     name = next(iter(attached(model)), "")
-    job = Job(config, model, tokenizer, objective, name, Encoding(), [], examples, {}, notes=notes)
-    job.encoding = Encoding(
-        max_length=longest(job),
-        train_on=getattr(objective, "train_on", "assistant"),
-        decoder=kind_of(model) == "seq2seq" and not objective.task_head,
-        **prompted(model, name),
-    )
+    tokenizer, processor = parted(tokenizer)
+    job = Job(config, model, tokenizer, objective, name, Encoding(), [], examples, {}, notes=notes, processor=processor)
+    settle_encoding(job)
+    if shown is not None:
+        unread(job)
     told(job, "data", examples)
     scored = score(job, examples) if shown is None else few_shot(job, examples, read([shown], config, notes))
     found = {"rows": len(examples), **scored.numbers, "intervals": known_bounds(intervals(scored))}
@@ -162,9 +161,7 @@ def few_shot(job: Job, examples: Sequence[Example], shown: Sequence[Example]) ->
     wanted = [reference(asked, example) for example in examples]
     decoding = Decoding(job.config.eval.max_new_tokens)
     said = predict(job.model, job.tokenizer, asked, examples, shown, decoding)
-    names = metrics_for(job, examples)
-    numbers = {name: find(name).compute(said, wanted) for name in names if name not in FROM_LOSS}
-    return Scored(own.loss, numbers | own.metrics if "perplexity" in names else numbers, said, wanted)
+    return said_as_text(own, metrics_for(job, examples), said, wanted)
 
 
 def kept(job: Job) -> dict[str, Any]:

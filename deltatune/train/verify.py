@@ -26,7 +26,7 @@ from ..data.encode import IGNORE, Encoded
 from ..data.show import safe
 from ..evaluate.generate import end_of_turn, evaluating
 from ..methods.triplets import Triplets
-from ..objectives.common import run
+from ..objectives.common import decoder_inputs, run
 from .guard import VerificationError, few
 from .job import Job
 from .memory import free
@@ -79,7 +79,7 @@ def labels_audited(job: Job) -> Check:
     if unstopped:
         why = f"{len(unstopped)} rows have a learned turn without its end-of-turn token, and never learn to stop"
         return Check("labels", False, f"{why}: {few(unstopped)}")
-    tokens, total = sum(row.targets for row in rows), sum(len(row.ids) for row in rows)
+    tokens, total = sum(row.targets for row in rows), sum(len(row.ids or row.labels or ()) for row in rows)
     note = f"; {cut} rows lost their end to max_length {job.encoding.max_length}" if cut else ""
     return Check("labels", True, f"{tokens} of {total} tokens are learned{note}")
 
@@ -145,7 +145,7 @@ def starts_as_base(job: Job) -> Check:
 
 def probe(job: Job, rows: int = 2, tokens: int = 256) -> Batch:
     """A few short training rows, padded: what the checks run the model on."""
-    chosen = sorted(job.rows, key=lambda r: len(r.ids))[:rows]
+    chosen = sorted(job.rows, key=lambda r: r.length)[:rows]
     return job.batch([r if len(r.ids) <= tokens else cut(r, tokens) for r in chosen], packs=False)
 
 
@@ -158,9 +158,9 @@ def logits(model: Any, batch: Batch) -> Tensor:
     """[rows, seq, vocab] or [rows, classes], of real tokens only."""
     extra = {}
     if model.config.is_encoder_decoder and batch.labels.dim() == 2 and not batch.labels.is_floating_point():
-        extra["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch.labels)
+        extra["decoder_input_ids"] = decoder_inputs(model, batch.labels)
     if model.config.is_encoder_decoder and batch.choices is not None:
-        extra["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=batch.choices[:, 0])
+        extra["decoder_input_ids"] = decoder_inputs(model, batch.choices[:, 0])
     found = run(model, batch, **extra)
     out = (found.logits if "logits" in found else torch.stack([found.start_logits, found.end_logits], -1)).float()
     mask = batch.inputs.get("attention_mask")
@@ -223,6 +223,8 @@ def reloads(job: Job, folder: Path) -> Check:
 
 def moved(job: Job, batch: Batch, name: str) -> Batch:
     """The batch with the live adapter's virtual ids replaced by `name`'s."""
+    if "input_ids" not in batch.inputs:
+        return batch
     ids = batch.inputs["input_ids"].clone()
     for ours, theirs in zip(prompt_sets(job.model, job.adapter), prompt_sets(job.model, name), strict=True):
         for old, new in zip(ours, theirs, strict=True):
