@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
-from .delta import SLOT, Delta, Given, Refusal
+from .delta import SLOT, Delta, Given, Refusal, innermost
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
 from .quant import steady
@@ -77,7 +77,8 @@ def prepare(model: nn.Module, name: str, given: Given) -> None:
     waiting: dict[int, list[Delta]] = {}
     for _, delta in each(model, name):
         if not delta.ready:
-            waiting.setdefault(id(delta.method), []).append(delta)
+            own = innermost(delta)
+            waiting.setdefault(id(own.method), []).append(own)
     for found in waiting.values():
         found[0].method.prepare(model, found, given)
     focus(model, name)
@@ -170,6 +171,7 @@ def place(model: nn.Module, name: str, found: list[tuple[Site, Delta]]) -> None:
             site = Site(site.read, site.write, site.columns, f"{site.label}#{taken[site.key]}")
         layer = model.get_submodule(site.write)
         delta.site = site
+        delta.placed(layer)
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
         slot = slot_of(layer)
         slot.add(layer, name, delta.to(device) if device.type != "meta" else delta)

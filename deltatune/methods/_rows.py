@@ -31,12 +31,15 @@ class Rows(Delta):
 
     def __init__(self, layer: nn.Embedding, start: Tensor, length: int, encode: nn.Module | None = None):
         super().__init__()
-        self.offset, self.size, self.length = first_free(layer), len(start), length
+        self.offset, self.size, self.length = layer.num_embeddings, len(start), length
         self.prompt_embeddings = nn.Parameter(start)  # [count * length, d]; what the encoder reads, where there is one
         self.ids: Tensor | None = None
         if encode is not None:
             self.encode, self.inputs = encode, self.prompt_embeddings
             del self.prompt_embeddings
+
+    def placed(self, layer: nn.Module) -> None:
+        self.offset = first_free(layer)
 
     @property
     def count(self) -> int:

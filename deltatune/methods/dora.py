@@ -66,14 +66,18 @@ class Decomposed(LowRank):
         gain = self.lora_magnitude_vector / self.norm(base.weight)
         plain = y if base.bias is None else y - base.bias
         if self.dropout and self.training:  # what is added sees the dropped input, the base the whole one
-            x = F.dropout(x, self.dropout)
-            plain = F.linear(x, base.weight)
+            x, whole = F.dropout(x, self.dropout), x
+            plain = plain + F.linear(x - whole, base.weight)
         a, b = self.factors()
         low = F.linear(F.linear(x, a.to(x.dtype)), (self.scale * gain[:, None] * b).to(x.dtype))
         return y + (gain - 1).to(y.dtype) * plain + low
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:
+        """||V|| is the base's, as in `after`; what other deltas added before is scaled along, their bias too."""
         a, b = self.factors()
-        weight = dense.weight.float()
-        gain = self.lora_magnitude_vector / self.norm(dense.weight)
-        return {"weight": (gain[:, None] * (weight + self.scale * (b @ a))).to(dense.weight.dtype)}
+        base = dense.base or dense
+        gain = self.lora_magnitude_vector / self.norm(base.weight)
+        found = {"weight": (gain[:, None] * (dense.weight.float() + self.scale * (b @ a))).to(dense.weight.dtype)}
+        if dense.bias is not None and base.bias is not None and not torch.equal(dense.bias, base.bias):
+            found["bias"] = (base.bias + gain * (dense.bias - base.bias)).to(dense.bias.dtype)
+        return found

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..core.attach import named
 from ..core.delta import Delta, Refusal, overrides
 from ..core.inplace import InPlace
 from ..core.registry import finite, identity, method, whole
@@ -68,7 +69,7 @@ class SpotTune:
         yield watched(model, now)
         yield Site(name, name), Policy(model.get_submodule(name), blocks, now, first, self)
         full = not self.of or any(isinstance(m, Full) for m in self.of)
-        for site, delta in copies_of_blocks(model) if full else (p for m in self.of for p in m.deltas(model)):
+        for site, delta in copies_of_blocks(model) if full else (p for m in self.of for p in named(m, model)):
             self.check(site, delta)
             if isinstance(delta, InPlace):
                 delta = Beside(model.get_submodule(site.write), delta.names)
