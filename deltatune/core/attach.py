@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
-from .delta import SLOT, Delta, Given, Refusal, innermost
+from .delta import SLOT, Delta, Given, Refusal, inmost
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
 from .quant import steady
@@ -75,10 +75,9 @@ def named(method: Method, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
 def prepare(model: nn.Module, name: str, given: Given) -> None:
     """Let the methods of adapter `name` look at training rows, where they ask for it and have not done so yet."""
     waiting: dict[int, list[Delta]] = {}
-    for _, delta in each(model, name):
-        if not delta.ready:
-            own = innermost(delta)
-            waiting.setdefault(id(own.method), []).append(own)
+    for _, outer in each(model, name):
+        if not (delta := inmost(outer)).ready:
+            waiting.setdefault(id(delta.method), []).append(delta)
     for found in waiting.values():
         found[0].method.prepare(model, found, given)
     focus(model, name)

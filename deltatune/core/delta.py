@@ -243,11 +243,9 @@ class Wrapped(Delta):
         return self.own() | {f"inner.{name}": p for name, p in self.inner.trained(layer).items()}
 
 
-def innermost(delta: Delta) -> Delta:
-    """The delta itself, whatever is around it."""
-    while isinstance(delta, Wrapped):
-        delta = delta.inner
-    return delta
+def inmost(delta: Delta) -> Delta:
+    """The delta that makes the change, out of all that gates and routes it."""
+    return inmost(delta.inner) if isinstance(delta, Wrapped) else delta
 
 
 def within(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

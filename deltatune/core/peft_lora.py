@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.adalora import AdaLoRA
+from ..methods.budget import in_steps
 from ..methods.dora import Decomposed, DoRA
 from ..methods.lora import LoRA
 from ..methods.low_rank import LowRank
@@ -101,6 +102,7 @@ def write_adalora(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, 
         "total_step": budget.steps or 1,
         "tinit": budget.tinit if budget.steps else 0,
         "tfinal": budget.steps - budget.end,
+        "deltaT": max(1, in_steps(budget.shares[2], budget.steps)),
         "rank_pattern": kept if any(rank < init_r for rank in ranks.values()) else None,
     }
     return config, tensors

@@ -103,6 +103,18 @@ def finite(what: str, value: Any, above: float = -math.inf) -> None:
         raise ValueError(f"{what} must be a finite number{bound}, got {value!r}")
 
 
+def choice(what: str, value: Any, choices: Sequence[str]) -> None:
+    """ValueError unless `value` is one of `choices`, with the nearest."""
+    if value not in choices:
+        raise ValueError(f"{what} {value!r}: choose from {', '.join(choices)}.{nearest(str(value), choices)}")
+
+
+def flag(what: str, value: Any) -> None:
+    """ValueError unless `value` is true or false: a word such as 'no' would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{what} must be true or false, got {value!r}")
+
+
 def build(spec: Any) -> tuple[Any, ...]:
     """'lora', {'lora': {'r': 8}}, a preset's name, or a list of these -> method objects.
 

@@ -33,7 +33,8 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """One row. `extra` keeps what later objectives read: chosen, rejected, desirable, completions, id."""
+    """One row. `extra` keeps what later objectives read: chosen, rejected, desirable, completions, id; `row` the
+    columns as they came, for templates that name them."""
 
     where: str
     turns: tuple[Turn, ...] = ()
@@ -44,6 +45,7 @@ class Example:
     label: Label = None
     tools: tuple | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def kind(self) -> str:

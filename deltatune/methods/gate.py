@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import named
 from ..core.delta import Delta, Refusal, Wrapped, overrides
 from ..core.registry import method, whole
 from ..core.routing import Now, hidden_size, per_token, pooled, readings, spread
@@ -46,12 +45,12 @@ class Gate:
     def deltas(self, model: Any) -> Iterator[tuple[Site, Delta]]:
         watches, reading = readings(model, self.pool)
         yield from watches
-        for site, delta in (pair for m in self.of for pair in named(m, model)):
+        for site, delta in (pair for m in self.of for pair in m.deltas(model)):
             layer: Any = model.get_submodule(site.read)
             if delta.inplace or delta.alone or isinstance(layer, nn.Embedding):
+                found = f"{type(delta).__name__} at {site.write}"
                 instead = "of: lora, ia3, adapter, prefix, ...; what trains weights or embeddings stands beside it"
-                where = f"{type(delta).__name__} at {site.write}"
-                raise Refusal("a gate scales a change of activations.", found=where, instead=instead)
+                raise Refusal("a gate scales a change of activations.", found=found, instead=instead)
             width = hidden_size(layer) if overrides(delta, "attend") else widths(layer)[0]
             yield site, (Front if overrides(delta, "attend") else Gated)(delta, width, (*reading(site), self.per))
 
@@ -87,7 +86,8 @@ class Front(Gated):
     """[g P_k; K] and [g P_v; V]: the prefix's keys and values scaled, one gate per sequence."""
 
     def look(self, layer: nn.Module, given: tuple[tuple, Mapping[str, Any]], pick: Callable[[Tensor], Tensor]) -> None:
-        self.weigh(pick(given[0][0] if given[0] else given[1]["hidden_states"]), "sequence")
+        args, kwargs = given
+        self.weigh(pick(args[0] if args else kwargs["hidden_states"]), "sequence")
         self.row = 0
 
     def attend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

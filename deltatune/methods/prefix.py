@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.attention import Heads, Seen, attention_modules, heads
 from ..core.delta import Delta
-from ..core.registry import method, nearest, whole
+from ..core.registry import flag, method, nearest, whole
 from ..core.routing import hidden_size
 from ..core.site import Site, trunk
 from ._keys_values import KeysValues, Root, activations
@@ -36,7 +36,7 @@ class Prefix:
     `offset_positions`: real tokens of a causal model stand after the prefix (as in peft); off, they keep their places.
     init "words": the base's own keys and values of `words`, repeated or cut to `length`; "random": N(0, 0.02).
     reparam "mlp": trained as an MLP of `hidden` units over l d inputs (one for each stack of an encoder-decoder, and
-    one for cross-attention), dropped at the end of the run.
+    one for cross-attention), dropped at the end of the run; without it `hidden` says nothing.
     """
 
     length: int = 20
@@ -50,6 +50,7 @@ class Prefix:
     def __post_init__(self) -> None:
         whole("Prefix length", self.length)
         whole("Prefix hidden", self.hidden)
+        flag("Prefix offset_positions", self.offset_positions)
         for value, choices, what in ((self.init, INITS, "init"), (self.reparam, REPARAMS, "reparam")):
             if value not in choices:
                 raise ValueError(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.attach import activate, attached, detach, disabled, each, known, restored
-from ..core.delta import SLOT, Refusal, innermost
+from ..core.delta import SLOT, Refusal, inmost
 from ..core.merging import merge
 from ..core.quant import scheme, size
 from ..core.registry import identity
@@ -260,7 +260,7 @@ def merges(job: Job) -> Check:
 
 def budget_moved(job: Job) -> list[Check]:
     """AdaLoRA took ranks from some layers and left them to others; nothing to say of other methods."""
-    inner = [innermost(delta) for _, delta in each(job.model, job.adapter)]
+    inner = [inmost(delta) for _, delta in each(job.model, job.adapter)]
     budgets = list(dict.fromkeys(delta.budget for delta in inner if isinstance(delta, Triplets)))
     found = [spent(budget) for budget in budgets]
     return [Check("budget", all(ok for ok, _ in found), "; ".join(said for _, said in found))] if found else []
