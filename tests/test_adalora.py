@@ -290,6 +290,15 @@ def test_the_file_holds_the_kept_ranks_and_goes_both_ways(tmp_path, family, meth
     close(peft_logits(theirs, model), live, 2e-5)
 
 
+@pytest.mark.parametrize(("delta_t", "steps"), [(3, 3), (0.1, 2), (0.01, 1)])
+def test_the_schedule_goes_into_pefts_configuration(tmp_path, delta_t, steps):
+    model = attach(tiny("llama"), AdaLoRA(4, 2, targets=("q",), tinit=2, tfinal=5, delta_t=delta_t))
+    deltas(model)[0].begin(20)
+    folder = save(model, "default", tmp_path / "a")
+    found = json.loads((folder / "adapter_config.json").read_text())
+    assert [found[k] for k in ("total_step", "tinit", "tfinal", "deltaT")] == [20, 2, 5, steps]
+
+
 def test_a_foreign_pruned_folder_gives_pefts_logits(tmp_path, capsys):
     base = tiny("llama")
     config = peft.AdaLoraConfig(init_r=4, target_r=2, lora_alpha=12, total_step=6, target_modules=QV)

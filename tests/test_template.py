@@ -122,7 +122,7 @@ def test_a_run_reads_stores_and_asks_with_the_rows_own_columns(tmp_path):
 def test_a_chats_row_keeps_its_columns():
     row = Example("f:3", turns=(), prompt="p", row={"topic": "t"})
     assert Template("{topic} {prompt}", gap=False).parts(example_of(row))[0].text == "t"
-    said = {"messages": [{"role": "user", "content": "why"}], "topic": "t"}
+    said = {"messages": [{"role": "user", "content": "why"}, {"role": "assistant", "content": "so"}], "topic": "t"}
     chat = example_of(convert(Row(said, "f:3")))
     assert (chat.where, chat.row["topic"], chat.prompt) == ("f:3", "t", "why")
 

@@ -112,7 +112,8 @@ def values(layer: nn.Module, delta: Delta, now: Mapping[str, Tensor], ran: Mappi
     own = {key: original(layer, key) for key in ("weight", "bias") if getattr(layer, key, None) is not None}
     own |= {key: ran[key] for key in own if key in ran}
     whole_ones = own | {key: now[key] for key in own if key in now}
-    seen = replace(part(Dense(**whole_ones), columns), base=part(Dense(**own), columns))
+    base, before = (Dense(t["weight"], t.get("bias")) for t in (own, whole_ones))
+    seen = replace(part(before, columns), base=part(base, columns))
     return {k: put(whole_ones[k], columns, t.double(), 0) for k, t in delta.merged(seen).items()}
 
 

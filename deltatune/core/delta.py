@@ -194,7 +194,7 @@ class Wrapped(Delta):
         self.inner.site = site
 
     @property
-    def ready(self) -> bool:  # type: ignore[override]
+    def ready(self) -> bool:
         return self.inner.ready
 
     @ready.setter

@@ -136,7 +136,7 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoRA 
 
 def fitted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of the layers whose rank is above their size (a PiSSA's, with its start): the same change at that size."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for key, a in tensors.items():
         b = tensors.get(key.replace(".lora_A.", ".lora_B."))
         if key.endswith(".lora_A.weight") and b is not None and len(a) > min(a.shape[1], len(b)):

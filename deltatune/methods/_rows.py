@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,7 @@ class Rows(Delta):
             self.fold()
 
 
-def first_free(layer: nn.Embedding) -> int:
+def first_free(layer: Any) -> int:
     """The first id that neither the vocabulary nor another adapter's prompt uses."""
     return max([layer.num_embeddings, *(d.offset + d.size for d in layer.modules() if isinstance(d, Rows))])
 

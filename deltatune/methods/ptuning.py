@@ -45,9 +45,7 @@ class PTuning:
         check_several("PTuning", self.count, self.combine, self.tasks)
         choice("PTuning encoder", self.encoder, ENCODERS)
         if self.length == 1 and self.encoder == "lstm":
-            raise ValueError(
-                "PTuning length 1 gives encoder 'lstm' nothing to recur over: choose 'mlp', or 2"
-            )
+            raise ValueError("PTuning length 1 gives encoder 'lstm' nothing to recur over: choose 'mlp', or 2")
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         site, layer = place(model)
