@@ -4,8 +4,8 @@
     python benchmarks/digits.py --sweep    # learning rates on dev rows, which SETTINGS follows
 
 No download, no torchvision. Prints one row a method: parameters beside the head, accuracy with Wilson's interval over
-the test rows of all seeds, and the paired difference to the head alone. The seeds of the sweep and those of the table are
-different ones: bases, training rows, heads and test rows of the table took no part in any choice.
+the test rows of all seeds, and the paired difference to the head alone. The seeds of the sweep and those of the table
+are different ones: bases, training rows, heads and test rows of the table took no part in any choice.
 """
 
 from __future__ import annotations

@@ -54,6 +54,22 @@ def test_y_is_a_scaled_product_of_three():
         torch.testing.assert_close(getattr(d, name).grad, hand.grad, rtol=0, atol=1e-8)
 
 
+def test_dropout_falls_on_what_the_triplets_read_in_training_alone():
+    model = attach(tiny("llama"), AdaLoRA(4, 2, dropout=0.5, targets=(Q,)))
+    stir(model, "default", 0)
+    (delta,), layer = deltas(model), model.get_submodule(Q)
+    x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+    change = delta.scale * delta.lora_B @ (delta.lora_E * delta.lora_A)
+    assert change.abs().max() > 1e-3
+    torch.testing.assert_close(layer(x), x @ (layer.weight + change).T, rtol=0, atol=1e-5)
+    model.train()
+    torch.manual_seed(3)
+    said = layer(x)
+    torch.manual_seed(3)
+    heard = torch.nn.functional.dropout(x, 0.5)
+    torch.testing.assert_close(said, x @ layer.weight.T + heard @ change.T, rtol=0, atol=1e-5)
+
+
 def test_it_starts_small_and_random_with_lambda_zero():
     (d,) = deltas(attach(tiny("llama", hidden_size=256, num_attention_heads=4), AdaLoRA(targets=(Q,))))
     assert (d.rank, d.lora_E.any().item()) == (12, False)
@@ -273,6 +289,15 @@ def test_the_file_holds_the_kept_ranks_and_goes_both_ways(tmp_path, family, meth
     close(logits(other, batch(other)), logits(model, batch(model)), 0.0)
     theirs = peft.PeftModel.from_pretrained(tiny(family), str(folder)).eval()
     close(peft_logits(theirs, model), live, 2e-5)
+
+
+@pytest.mark.parametrize(("delta_t", "steps"), [(3, 3), (0.1, 2), (0.01, 1)])
+def test_the_schedule_goes_into_pefts_configuration(tmp_path, delta_t, steps):
+    model = attach(tiny("llama"), AdaLoRA(4, 2, targets=("q",), tinit=2, tfinal=5, delta_t=delta_t))
+    deltas(model)[0].begin(20)
+    folder = save(model, "default", tmp_path / "a")
+    found = json.loads((folder / "adapter_config.json").read_text())
+    assert [found[k] for k in ("total_step", "tinit", "tfinal", "deltaT")] == [20, 2, 5, steps]
 
 
 def test_a_foreign_pruned_folder_gives_pefts_logits(tmp_path, capsys):

@@ -9,12 +9,15 @@ import pytest
 import torch
 from peft.utils import merge_utils
 
-from deltatune import IA3, Adapter, BitFit, Full, LoRA, Prefix, activate, attach, detach, merge
+from deltatune import IA3, AdaLoRA, Adapter, BitFit, Full, LoRA, Prefix, activate, attach, detach, load, merge, save
 from deltatune.core import combine as module
 from deltatune.core.attach import attached, each, parameters
 from deltatune.core.change import Low, changes, decompose, full
 from deltatune.core.combine import combine
+from deltatune.core.convert import export_lora, to_lora
 from deltatune.core.delta import Refusal
+from deltatune.core.store import MANIFEST
+from deltatune.methods.low_rank import LowRank
 from models import inputs, tiny
 
 A = LoRA(r=4, alpha=8.0, targets=("q", "v"))
@@ -115,8 +118,10 @@ def test_svd_is_the_nearest_of_its_rank_and_says_what_is_lost():
     assert fit.ranks[Q] == 2
     assert float(rest) == pytest.approx(float(s[2:].norm()), rel=1e-4)  # Eckart-Young: nothing of rank 2 is nearer
     assert fit.errors[Q] == pytest.approx(float(s[2:].norm() / s.norm()), rel=1e-5)
-    rests = [fit.errors[p] * float((by_hand(model, "a", p) + by_hand(model, "b", p)).norm()) for p in fit.errors]
-    sizes = [float((by_hand(model, "a", p) + by_hand(model, "b", p)).norm()) for p in fit.errors]
+    sums = {p: by_hand(model, "a", p) + by_hand(model, "b", p) for p in fit.errors}
+    rests = [float((change(model, "cut", p) - tau).norm()) for p, tau in sums.items()]
+    sizes = [float(tau.norm()) for tau in sums.values()]
+    assert sum(r > 0.1 * s for r, s in zip(rests, sizes, strict=True)) > 2
     assert fit.error == pytest.approx((sum(e * e for e in rests) / sum(s * s for s in sizes)) ** 0.5, rel=1e-5)
 
 
@@ -152,6 +157,53 @@ def test_ties_trims_elects_and_averages_those_that_agree():
     fit = combine(model, {"a": 1.0, "b": 0.5}, "low", "ties", density=0.3, r=4)
     assert isinstance(changes(model, "low")[Q, "weight"], Low)
     assert 0 < fit.errors[Q] < 1
+
+
+VOTES = [  # values of three adapters -> the mean of those that agree, by sum and by count
+    ((5.0, -1.0, -2.0), 5.0, -1.5),
+    ((-5.0, 1.0, 2.0), -5.0, 1.5),
+    ((3.0, 1.0, -2.0), 2.0, 2.0),
+]
+
+
+@pytest.mark.parametrize(("values", "total", "frequency"), VOTES)
+def test_the_sign_is_elected_by_sum_or_by_count(values, total, frequency):
+    tensors = [torch.tensor([v], dtype=torch.float64) for v in values]
+    assert module.agreed(tensors, (1.0, 1.0, 1.0), "total").item() == total
+    assert module.agreed(tensors, (1.0, 1.0, 1.0), "frequency").item() == frequency
+    for elect in ("total", "frequency"):  # peft's own election
+        mask = merge_utils.calculate_majority_sign_mask(torch.stack(tensors), elect)
+        theirs = merge_utils.disjoint_merge(torch.stack(tensors), mask)
+        assert module.agreed(tensors, (1.0, 1.0, 1.0), elect).item() == theirs.item()
+
+
+def test_elect_reaches_the_election():
+    model = shaken(pair(B4), B4, "c", 5)
+    made = {}
+    for elect in ("total", "frequency"):
+        combine(model, {"a": 1.0, "b": 1.0, "c": 1.0}, elect, "ties", density=1.0, elect=elect)
+        made[elect] = change(model, elect, Q)
+        taus = [by_hand(model, n, Q) for n in "abc"]
+        assert torch.allclose(made[elect], module.agreed(taus, (1.0, 1.0, 1.0), elect), atol=1e-6)
+    assert (made["total"] - made["frequency"]).abs().max() > 0.01
+
+
+TURNED = [  # two values, weights -> with the vote turned, and as it is (peft)
+    ((2.0, 3.0), (1.0, -1.0), -3.0, -0.5),
+    ((3.0, -2.0), (1.0, -0.5), 2.0, 3.0),
+    ((-1.0, 4.0), (-1.0, -1.0), -4.0, -4.0),
+]
+
+
+@pytest.mark.parametrize(("values", "weights", "turned", "plain"), TURNED)
+def test_a_negative_weight_turns_the_vote_on_changes(values, weights, turned, plain):
+    tensors = [torch.tensor([v], dtype=torch.float64) for v in values]
+    assert module.agreed(tensors, weights, "total").item() == turned
+    assert module.agreed(tensors, weights, "total", turned=False).item() == plain
+    model = pair(B4)
+    combine(model, {"a": 1.0, "b": -0.5}, "t", "ties", density=1.0)
+    taus = [by_hand(model, "a", Q), -by_hand(model, "b", Q)]
+    assert torch.allclose(change(model, "t", Q), ties_by_hand(taus, (1.0, 0.5), 1.0), atol=1e-6)
 
 
 @pytest.mark.parametrize("how", ["dare", "dare_ties"])
@@ -234,6 +286,8 @@ def test_peft_agrees_on_changes(how, options, weights):
         ("dare", "dare_linear", (0.7, 0.4)),
         ("dare", "dare_linear", (0.7, -0.4)),
         ("dare_ties", "dare_ties", (0.7, 0.4)),
+        ("ties", "ties", (1.0, -0.6)),
+        ("dare_ties", "dare_ties", (-0.5, 0.8)),
     ],
 )
 def test_peft_agrees_on_factors(monkeypatch, how, theirs, weights):
@@ -263,6 +317,49 @@ def test_mixing_factors_is_not_the_sum_of_changes():
     combine(model, {"a": 1.0, "b": 1.0}, "f", "linear", on="factors")
     wanted = by_hand(model, "a", Q) + by_hand(model, "b", Q)
     assert (change(model, "f", Q) - wanted).norm() > 0.3 * wanted.norm()
+
+
+# ---- as low as they are ----
+LOW = {
+    "lora 16": LoRA(16, targets=("q",)), "pissa": LoRA(4, init="pissa", targets=("q",)),
+    "pissa 20": LoRA(20, init="pissa", targets=("q",)), "olora": LoRA(4, init="olora", targets=("q",)),
+    "adalora": AdaLoRA(4, 2, targets=("q",)),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft reads an attribute that transformers is retiring
+@pytest.mark.parametrize("method", LOW.values(), ids=LOW)
+def test_low_rank_methods_stay_low_rank_however_they_are_combined(tmp_path, capsys, method):
+    """Starts out of the base, triplets, and sums above the layer's own rank (32) are LoRAs of at most that rank."""
+    model = tiny("llama")
+    for seed, name in enumerate("abc"):
+        shaken(model, method, name, seed)
+    wanted = sum(change(model, n, Q) for n in "abc")
+    for how in ("linear", "cat"):
+        assert combine(model, dict.fromkeys("abc", 1.0), how, how).error == 0
+        assert all(isinstance(d, LowRank) and d.r <= 32 for _, d in each(model, how))
+        assert torch.allclose(change(model, how, Q), wanted, atol=2e-6)
+    fit = combine(model, dict.fromkeys("abc", 1.0), "svd", "svd", r=3)
+    assert fit.ranks[Q] == 3
+    if method.targets == ("q",) and getattr(method, "r", 0) != 20:
+        combine(model, dict.fromkeys("abc", 1.0), "f", on="factors")
+        assert all(isinstance(d, LowRank) for _, d in each(model, "f"))
+    assert to_lora(model, "a", "one").error == 0
+    assert all(isinstance(d, LowRank) for _, d in each(model, "one"))
+    assert torch.allclose(change(model, "one", Q), change(model, "a", Q), atol=2e-6)
+    activate(model, "a")
+    given = {k: v for k, v in inputs(model).items() if k != "labels"}
+    said = model(**given).logits
+    save(model, "a", tmp_path / "own")
+    export_lora(model, "a", tmp_path / "out")
+    for folder in (tmp_path / "own", tmp_path / "out"):
+        (folder / MANIFEST).unlink(missing_ok=True)
+        other = tiny("llama")
+        load(other, folder, "a")
+        assert torch.allclose(other(**given).logits, said, atol=2e-5)
+        theirs = peft.PeftModel.from_pretrained(tiny("llama"), str(folder)).eval()
+        assert torch.allclose(theirs(**given).logits, said, atol=2e-5)
+    assert "base not verified" in capsys.readouterr().err
 
 
 # ---- other methods ---------------------------------------------------------------------------------------------------

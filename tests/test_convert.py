@@ -112,8 +112,8 @@ def test_a_start_out_of_the_base_is_factors_of_twice_the_rank(init, r, rank):
     layer = model.get_submodule(path)
     (delta,) = layer.delta_slot.of("a")
     change = changes(model, "a")[path, "weight"]
-    assert isinstance(change, Low) == (2 * r <= 16)
-    fit = to_lora(model, "a", **({"r": 16} if 2 * r > 16 else {}))
+    assert isinstance(change, Low)
+    fit = to_lora(model, "a")
     assert fit.ranks[path] == rank
     a, b, start = delta.lora_A.double(), delta.lora_B.double(), delta.start_B.double() @ delta.start_A.double()
     wanted = delta.scale * (b @ a - start)

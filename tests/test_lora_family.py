@@ -218,6 +218,7 @@ ORACLES = {
     "lora": ("llama", LoRA(4, 8), {}),
     "rslora": ("llama", LoRA(4, 8, scaling="rslora"), {"use_rslora": True}),
     "lora-plus": ("llama", LoRA(4, 8, lr_ratio=4.0), {}),
+    "dora-plus": ("llama", DoRA(4, 8, lr_ratio=4.0), {"use_dora": True}),
     "pissa": ("llama", LoRA(4, 8, init="pissa"), {"init_lora_weights": "pissa"}),
     "olora": ("llama", LoRA(4, 8, init="olora"), {"init_lora_weights": "olora"}),
     "pissa-gpt2": ("gpt2", LoRA(4, 8, init="pissa"), {"init_lora_weights": "pissa"}),
@@ -238,9 +239,9 @@ def test_twenty_steps_are_pefts(case):
     theirs = peft.get_peft_model(copy.deepcopy(base), config)
     start_of(theirs, model)
     model.train(), theirs.train()
-    ratios = [("lora_B", method.lr_ratio)]
     given = batch(model, None)
-    ours = curve(model, given, trainable(model), ratios)
+    ours = curve(model, given, trainable(model), [rate for d in deltas(model) for rate in d.rates.items()])
+    ratios = [("lora_B", 4.0 if case.endswith("-plus") else 1.0)]
     expected = curve(theirs, given, {n: p for n, p in theirs.named_parameters() if p.requires_grad}, ratios)
     assert max(abs(a - b) for a, b in zip(ours, expected, strict=True)) < 2e-5
     assert ours[-1] < ours[0] - 0.05

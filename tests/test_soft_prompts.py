@@ -15,6 +15,7 @@ from conformance import batch, logits, train_step
 from deltatune import Prefix, Prompt, PTuning, attach, load, save, virtual_ids
 from deltatune.core import peft_format
 from deltatune.core.attach import fold, parameters, trainable
+from deltatune.core.delta import Refusal
 from deltatune.core.slot import deltas
 from deltatune.core.store import prompt_sets, state
 from deltatune.data.batch import pad, side_by_side
@@ -168,6 +169,70 @@ def test_vocab_is_sampled_by_the_seed_and_is_the_default():
     assert not torch.equal(rows, drawn(1))
 
 
+def test_vocab_samples_among_the_5000_commonest():
+    """Section 3.2 of the paper: the 5,000 first of the vocabulary, wherever its end is."""
+    torch.manual_seed(0)
+    model = tiny("llama", vocab_size=12_000)
+    rows, words = prompt_of(attach(model, Prompt(400))), model.get_input_embeddings().weight[:12_000]
+    ids = torch.cdist(rows, words.detach()).argmin(-1)
+    assert torch.equal(words[ids], rows)
+    assert 4900 < ids.max() < 5000
+    assert len(ids.unique()) == 400
+
+
+def test_uniform_is_within_half():
+    torch.manual_seed(0)
+    rows = prompt_of(attach(tiny("llama"), Prompt(60, "uniform")))
+    assert 0.49 < rows.abs().max() < 0.5
+    assert rows.std().item() == pytest.approx(12**-0.5, rel=0.03)  # of U(-0.5, 0.5)
+
+
+def test_a_random_prefix_is_drawn_small():
+    torch.manual_seed(0)
+    for delta in deltas(attach(tiny("llama"), Prefix(60))):
+        assert delta.k.std().item() == pytest.approx(0.02, rel=0.1)
+        assert delta.v.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_a_label_is_the_word_with_the_space_that_it_has_in_a_text():
+    """Where a tokenizer tells ' good' from 'good'; a text starts as it is written."""
+    tokenizer = tt.byte_level(tt.CHATML)
+    spaced, bare = (tuple(tokenizer(w)["input_ids"]) for w in (" good", "good"))
+    assert spaced != bare
+    assert Prompt(9, init="labels", labels=("good",)).bind(tokenizer).ids == (spaced,)
+    assert Prompt(9, init="text", text="good").bind(tokenizer).ids == tuple((i,) for i in bare)
+
+
+@pytest.mark.parametrize("method", [PTuning(3), PTuning(2, "mlp", count=2)], ids=str)
+def test_the_fold_writes_what_evaluation_sees(method):
+    """To the last bit; the LSTM of a training step rounds otherwise, by 4e-8 at most."""
+    model = attach(tiny("llama", hidden_size=128), method)
+    (delta,) = deltas(model)
+    training = prompt_of(model)
+    with torch.no_grad():
+        seen = delta.vectors().clone()
+    fold(model)
+    assert torch.equal(prompt_of(model), seen)
+    torch.testing.assert_close(prompt_of(model), training, rtol=0, atol=1e-7)
+
+
+NO_ATTENTION = {
+    "mamba": lambda: hf.MambaForCausalLM(
+        hf.MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=97, state_size=4)
+    ),
+    "plain": lambda: nn.Sequential(nn.Linear(4, 4)),
+}
+
+
+@pytest.mark.parametrize("form", [Prefix(3), Prefix(3, reparam="mlp"), Prefix(2, init="words", ids=(3,))])
+@pytest.mark.parametrize("model", NO_ATTENTION.values(), ids=NO_ATTENTION)
+def test_a_prefix_without_attention_is_refused(model, form):
+    made = model()
+    with pytest.raises(Refusal, match=r"no attention layer.*What works: LoRA, an adapter or BitFit"):
+        attach(made, form)
+    assert not hasattr(made, "deltatune_state")
+
+
 def test_several_prompts_start_apart_and_read_each_row_once():
     model = attach(tiny("llama"), Prompt(2, count=3))
     sets = prompt_sets(model)
@@ -245,6 +310,10 @@ def d_model(d: int):
     return lambda: hf.BertConfig(hidden_size=d, num_attention_heads=12, num_hidden_layers=1, intermediate_size=8)
 
 
+def t5(d: int):
+    return lambda: hf.T5Config(d_model=d, num_layers=1)
+
+
 def gpt2_m():
     return hf.GPT2Config(n_embd=1024, n_layer=24, n_head=16)
 
@@ -268,6 +337,9 @@ COUNTS = {
     # the paper's shape where peft's LSTM has 434,371,584 (deviation 4)
     "P-tuning LSTM 50 Llama-3.2-3B": (llama_3b, PTuning(50), 14 * 3072**2 + 18 * 3072 + 50 * 3072),
     "prompt 5 x 20 BERT-base": (bert, Prompt(20, count=5), 5 * 20 * 768),
+    "prompt 5 T5-XXL": (t5(4096), Prompt(5), 20_480),
+    "prompt 100 T5-XXL": (t5(4096), Prompt(100), 409_600),
+    "prompt 100 T5-base": (t5(768), Prompt(100), 76_800),
 }
 
 
@@ -367,6 +439,11 @@ def agree(model, own, theirs, asked, atol=2e-5):
 
 # ---- mistakes ----
 MISTAKES = [
+    (PTuning, {"length": 1}, "PTuning length 1 gives encoder 'lstm' nothing to recur over: choose 'mlp'"),
+    (Prefix, {"offset_positions": "no"}, "Prefix offset_positions must be true or false, got 'no'"),
+    (Prompt, {"init": "labels", "labels": "good"}, "labels a list of words: got '' and 'good'"),
+    (Prompt, {"init": "text", "text": 5}, "Prompt text is a text, labels a list of words: got 5"),
+    (Prompt, {"ids": ((3,),)}, "Prompt ids start an init text or labels, not 'vocab', which reads none"),
     (Prefix, {"init": "word"}, "Prefix init 'word': choose from random, words. Did you mean 'words'"),
     (Prefix, {"reparam": "lstm"}, "Prefix reparam 'lstm': choose from none, mlp"),
     (Prefix, {"hidden": 0}, "Prefix hidden must be a whole number >= 1, got 0"),

@@ -63,9 +63,9 @@ def test_a_rows_own_text_places_nothing():
 
 
 WRONG = [
-    ("{text} <soft:0> <mask>", "<soft:0> is no virtual token; write <soft> or <soft:3>"),
-    ("{text} <soft:x> <mask>", "<soft:x> is no virtual token"),
-    ("{text} <soft:-1><mask>", "<soft:-1> is no virtual token"),
+    ("{text} <soft:0> <mask>", "'<soft:0>' is no slot; write <mask> for the gap, <soft> or <soft:3>"),
+    ("{text} <soft:x> <mask>", "'<soft:x>' is no slot"),
+    ("{text} <soft:-1><mask>", "'<soft:-1>' is no slot"),
     ("{text} <soft>", "exactly one <mask>, it has 0"),
 ]
 

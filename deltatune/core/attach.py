@@ -167,6 +167,7 @@ def place(model: nn.Module, name: str, found: list[tuple[Site, Delta]]) -> None:
             site = Site(site.read, site.write, site.columns, f"{site.label}#{taken[site.key]}")
         layer = model.get_submodule(site.write)
         delta.site = site
+        delta.placed(layer)
         device = next((p.device for p in layer.parameters()), torch.device("cpu"))
         slot = slot_of(layer)
         slot.add(layer, name, delta.to(device) if device.type != "meta" else delta)

@@ -343,6 +343,12 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
 
     kind: "self" in models with one stack; "encoder", "decoder" or "cross" in encoder-decoders; a tower's name in CLIP.
     """
+    if isinstance(model, nn.Module) and not any(_is_attention(n, m) for n, m in model.named_modules()):
+        raise Refusal(
+            "this model has no attention layer, so there are no keys and values to put a prefix in front of.",
+            found=f"{type(model).__name__} without a module called attention",
+            instead="LoRA, an adapter or BitFit, which change any layer; Prompt, where there is a token embedding",
+        )
     two, both = pairs(model), [name_of(model, tower) for tower in towers(model)]
 
     def kind(name: str) -> str:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..methods.freeze import Freeze
 from ..methods.lora import LoRA, LowRank
+from ..methods.triplets import Triplets
 from .attach import activate, attach, check_new, each, known, restored
 from .delta import Delta, Dense, Refusal, overrides
 from .inplace import InPlace
 from .merging import refuse_merge
-from .quant import dense, is_quantised, write
+from .quant import dense, is_quantised, part, write
 from .registry import finite, whole
-from .site import is_conv1d, is_linear, put, take, widths
+from .site import is_conv1d, is_linear, put, widths
 from .slot import slots
 from .vocabulary import unseeded
 
@@ -76,6 +77,7 @@ def changes(model: nn.Module, name: str) -> Changes:
 
 def changed_at(model: nn.Module, path: str, deltas: Sequence[Delta]) -> dict[str, Change]:
     """parameter -> its change by all `deltas` of one layer, one after the other."""
+    deltas = [d for d in deltas if not isinstance(d, Triplets) or d.rank]
     if not deltas:
         return {}
     layer = model.get_submodule(path)
@@ -84,12 +86,15 @@ def changed_at(model: nn.Module, path: str, deltas: Sequence[Delta]) -> dict[str
         return {"weight": stacked([(1.0, part) for part in low if part])}
     base: dict[str, Tensor] = {}
     now: dict[str, Tensor] = {}
+    ran: dict[str, Tensor] = {}  # what the layer itself holds while the adapter runs
     # as merge does: what was trained in place is what the others build on; what changes the input comes last
     for delta in sorted(deltas, key=lambda d: (not d.inplace, overrides(d, "before"))):
         refuse_merge(model, delta)
-        for key, tensor in values(layer, delta, now).items():
+        for key, tensor in values(layer, delta, now, ran).items():
             base.setdefault(key, original(layer, key))
             now[key] = tensor
+            if delta.inplace:
+                ran[key] = tensor
     return {key: tensor - base[key] for key, tensor in now.items()}
 
 
@@ -97,31 +102,33 @@ def original(layer: nn.Module, key: str) -> Tensor:
     return (dense(layer).weight if key == "weight" else layer.get_parameter(key)).double()
 
 
-def values(layer: nn.Module, delta: Delta, now: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole parameters after `delta`, float64, built on `now` where an earlier delta changed them."""
+def values(layer: nn.Module, delta: Delta, now: Mapping[str, Tensor], ran: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole parameters after `delta`, float64, built on `now` where an earlier delta changed them; `ran`: those
+    that were trained in place."""
     if isinstance(delta, InPlace):
         kept = delta.stored(layer)
         return {k: (t.T if k == "weight" and is_conv1d(layer) else t).double() for k, t in kept.items()}
     columns = delta.site.columns
-    weight = now["weight"] if "weight" in now else original(layer, "weight")
-    bias = getattr(layer, "bias", None)
-    bias = now.get("bias", None if bias is None else bias.double())
-    part = Dense(take(weight, columns, 0), None if bias is None else take(bias, columns, 0))
-    whole_ones = {"weight": weight, "bias": bias}
-    return {k: put(whole_ones.get(k), columns, t.double(), 0) for k, t in delta.merged(part).items()}  # type: ignore[arg-type]
+    own = {key: original(layer, key) for key in ("weight", "bias") if getattr(layer, key, None) is not None}
+    own |= {key: ran[key] for key in own if key in ran}
+    whole_ones = own | {key: now[key] for key in own if key in now}
+    base, before = (Dense(t["weight"], t.get("bias")) for t in (own, whole_ones))
+    seen = replace(part(before, columns), base=part(base, columns))
+    return {k: put(whole_ones[k], columns, t.double(), 0) for k, t in delta.merged(seen).items()}
 
 
 def factors(layer: nn.Module, delta: Delta) -> Low | None:
-    """LoRA's own factors, where B A is the change that `merged` makes; None otherwise (a rescaled norm, say)."""
-    if not isinstance(delta, LowRank):
+    """LoRA's and AdaLoRA's own factors, where B A is the change that `merged` makes; None otherwise (DoRA's, say)."""
+    if not isinstance(delta, LowRank | Triplets):
         return None
     base = dense(layer, delta.site.columns)
-    a, b = (factor.double() for factor in delta.factors())  # of a start of PiSSA: of rank 2r, from the base
+    pair = delta.factors() if isinstance(delta, LowRank) else (delta.lora_A * delta.lora_E, delta.lora_B)
+    a, b = (factor.double() for factor in pair)  # of a start of PiSSA: of rank 2r, from the base
     weight = base.weight.double()
     told = delta.merged(Dense(weight, base.bias))
     rest = told.pop("weight").double() - weight - float(delta.scale) * (b @ a)
     terms = float(delta.scale) * (b.abs() @ a.abs())  # what float32 adds up
-    if told or len(a) > min(weight.shape) or rest.abs().max() > 4 * EPS * (weight.abs() + terms).max():
+    if told or rest.abs().max() > 4 * EPS * (weight.abs() + terms).max():
         return None
     if delta.site.columns:  # a fused projection's part, as rows of the whole
         b = put(b.new_zeros(widths(layer)[1], b.shape[1]), delta.site.columns, b, 0)
@@ -129,16 +136,21 @@ def factors(layer: nn.Module, delta: Delta) -> Low | None:
 
 
 def stacked(parts: Sequence[tuple[float, Low]]) -> Low:
-    """sum_i w_i scale_i B_i A_i as one product: ranks add up to the layer's size at most, nothing is lost."""
+    """sum_i w_i scale_i B_i A_i as one product: ranks add up (to the layer's own at most), nothing is lost."""
     if len(parts) == 1:
         (weight, low) = parts[0]
-        return Low(low.a, low.b, weight * low.scale) if weight != 1 else low
-    a, b = torch.cat([p.a for _, p in parts]), torch.cat([w * p.scale * p.b for w, p in parts], 1)
-    d_out, d_in = b.shape[0], a.shape[1]
-    if len(a) <= min(d_out, d_in):
-        return Low(a, b)
-    one = torch.eye(min(d_out, d_in)).to(a)  # no product of more columns than the layer has holds anything more
-    return Low(b @ a, one) if d_out <= d_in else Low(one, b @ a)
+        return fitting(Low(low.a, low.b, weight * low.scale) if weight != 1 else low)
+    return fitting(Low(torch.cat([p.a for _, p in parts]), torch.cat([w * p.scale * p.b for w, p in parts], 1)))
+
+
+def fitting(low: Low) -> Low:
+    """The same change; from factors of a rank above the layer's, factors of that rank: no product of more columns than
+    the layer has holds anything more."""
+    most = min(low.a.shape[1], low.b.shape[0])
+    if low.rank <= most:
+        return low
+    one, change = torch.eye(most).to(low.a), low.full()
+    return Low(change, one) if change.shape[0] <= change.shape[1] else Low(one, change)
 
 
 def full(change: Change) -> Tensor:

@@ -122,7 +122,8 @@ def mixed(tensors: Sequence[Tensor], weights: Sequence[float], wanted: Combinati
         tensors = [trim(t, wanted.density) for t in tensors]
     elif wanted.how != "linear":
         tensors = [drop(t, wanted.density, key) for t, key in zip(tensors, keys, strict=True)]
-    return agreed(tensors, weights, wanted.elect) if "ties" in wanted.how else sum_of(tensors, weights)
+    turned = wanted.on == "change"
+    return agreed(tensors, weights, wanted.elect, turned) if "ties" in wanted.how else sum_of(tensors, weights)
 
 
 def sum_of(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -149,14 +150,18 @@ def drawn(shape: tuple[int, ...], density: float, key: str) -> Tensor:
     return (torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) < density).double()
 
 
-def agreed(tensors: Sequence[Tensor], weights: Sequence[float], elect: str) -> Tensor:
+def agreed(tensors: Sequence[Tensor], weights: Sequence[float], elect: str, turned: bool = True) -> Tensor:
     """TIES, steps 2 and 3: elect each value's sign, then the mean of w_i tau_i over those that have it.
 
-    An adapter with a negative weight votes with its sign turned: what it adds is what counts.
+    The paper has no negative weights. `turned`: an adapter with one votes with its sign turned, because what it adds is
+    what counts; else it votes as it is and is taken away afterwards, as in peft.
     """
-    signed = torch.stack([t if w >= 0 else -t for w, t in zip(weights, tensors, strict=True)])
+    if turned:
+        tensors = [t if w >= 0 else -t for w, t in zip(weights, tensors, strict=True)]
+        weights = [abs(w) for w in weights]
+    signed = torch.stack([*tensors])
     votes = signed if elect == "total" else signed.sign()
     winner = torch.where(votes.sum(0) >= 0, 1.0, -1.0)
     agrees = signed.sign() == winner
-    scaled = signed * torch.tensor([abs(w) for w in weights]).to(signed).view(-1, *[1] * tensors[0].ndim)
+    scaled = signed * torch.tensor([*weights]).to(signed).view(-1, *[1] * tensors[0].ndim)
     return (scaled * agrees).sum(0) / agrees.sum(0).clamp_min(1)

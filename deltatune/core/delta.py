@@ -48,10 +48,14 @@ class Refusal(ValueError):
 
 @dataclass(frozen=True)
 class Dense:
-    """What merging sees of a layer, whatever its class: weight [d_out, d_in] ([vocab, d] of an embedding), bias."""
+    """What merging sees of a layer, whatever its class: weight [d_out, d_in] ([vocab, d] of an embedding), bias.
+
+    `base`: the layer as it runs without deltas, where deltas before this one have changed it; None: it is the same.
+    """
 
     weight: Tensor
     bias: Tensor | None = None
+    base: Dense | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,9 @@ class Delta(nn.Module):
     site: Site  # where attach put this delta
     tap: Any = None  # a span's reading end
     method: Any = None  # the method it came from
+
+    def placed(self, layer: nn.Module) -> None:
+        """Called when attach puts it into `layer`, where the deltas before it are already."""
 
     def before(self, layer: nn.Module, x: Tensor) -> Tensor:
         """x [*, d_in] -> the x the layer will read."""
@@ -184,7 +191,8 @@ class Delta(nn.Module):
 class Wrapped(Delta):
     """A delta around another, at the same place, which decides when and how much of `inner` is heard.
 
-    Subclasses override `before`, `after` and `attend`; each runs only where `inner` has its own.
+    Subclasses override `before`, `after` and `attend`; each runs only where `inner` has its own. The rest of a delta's
+    life is the inner one's.
     """
 
     unpruned = "a gate or a policy steers it"
@@ -203,8 +211,28 @@ class Wrapped(Delta):
     def site(self, site: Site) -> None:
         self.inner.site = site
 
+    @property
+    def ready(self) -> bool:
+        return self.inner.ready
+
+    @ready.setter
+    def ready(self, ready: bool) -> None:
+        self.inner.ready = ready
+
+    def placed(self, layer: nn.Module) -> None:
+        self.inner.placed(layer)
+
     def look(self, layer: nn.Module, given: tuple[tuple, Mapping[str, Any]], pick: Callable[[Tensor], Tensor]) -> None:
         self.inner.look(layer, given, pick)
+
+    def penalty(self) -> Tensor | None:
+        return self.inner.penalty()
+
+    def begin(self, steps: int) -> None:
+        self.inner.begin(steps)
+
+    def after_step(self, step: int) -> None:
+        self.inner.after_step(step)
 
     def shift(self) -> int:
         return self.inner.shift()
@@ -251,6 +279,6 @@ def overrides(delta: Delta, name: str) -> bool:
     """Whether the delta's class has its own `name`, so that a slot only pays for the hooks it needs."""
     if isinstance(delta, Wrapped) and name in ("before", "after", "attend"):
         return overrides(delta.inner, name)
-    if isinstance(delta, Wrapped) and name == "look" and type(delta).look is Wrapped.look:
-        return overrides(delta.inner, name)
+    if isinstance(delta, Wrapped) and getattr(type(delta), name) is getattr(Wrapped, name):
+        return overrides(delta.inner, name) and getattr(Wrapped, name) is not getattr(Delta, name)
     return getattr(type(delta), name) is not getattr(Delta, name)

@@ -68,8 +68,7 @@ def fuse(model: nn.Module, *names: str, base: str | Path | None = None) -> Fused
     try:
         with torch.no_grad():
             take_originals(model, found, index)
-            for name in names:
-                write_merged(model, name)
+            write_merged(model, *names)
     except BaseException:
         give_back(model, found)
         apply(model, *found.before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from .attach import activate, attached, detach, known
 from .delta import Delta, Dense, Refusal, overrides
 from .inplace import InPlace
-from .quant import dense, opened, write
+from .quant import dense, opened, part, write
 from .site import twins
 from .slot import deltas, slots
 
@@ -62,23 +63,31 @@ def merged_values(target: nn.Module, name: str) -> dict[tuple[str, str], Tensor]
     return {place: tensor.clone() for place, tensor in write_merged(target, name).items()}
 
 
-def write_merged(target: nn.Module, name: str) -> dict[tuple[str, str], Tensor]:
-    """Overwrite the layers with what `name` makes of them, in place, so that each of a union's deltas builds on the
-    one before; (layer, parameter) -> the layer's own tensor."""
+def write_merged(target: nn.Module, *names: str) -> dict[tuple[str, str], Tensor]:
+    """Overwrite the layers with what `names`, one after the other, make of them, in place, so that each delta builds on
+    the one before; (layer, parameter) -> the layer's own tensor."""
     touched: dict[tuple[str, str], Tensor] = {}
     for path, slot in slots(target).items():
         layer = target.get_submodule(path)
         keys: set[str] = set()
+        # W (l x) + B A (l x): what changes the input comes last, as it also feeds what was added beside W
+        found = sorted((d for name in names for d in slot.of(name)), key=lambda d: overrides(d, "before"))
         with opened(layer):
-            # W (l x) + B A (l x): what changes the input comes last, as it also feeds what was added beside W
-            for delta in sorted(slot.of(name), key=lambda d: overrides(d, "before")):
-                keys.update(delta.names if isinstance(delta, InPlace) else merge_one(layer, delta))
+            base = kept(dense(layer)) if sum(not d.inplace for d in found) > 1 else None
+            for delta in found:
+                keys.update(delta.names if isinstance(delta, InPlace) else merge_one(layer, delta, base))
         touched |= {(path, key): layer.get_parameter(key).detach() for key in keys}
     return touched
 
 
-def merge_one(layer: nn.Module, delta: Delta) -> list[str]:
-    merged = delta.merged(dense(layer, delta.site.columns))
+def kept(whole: Dense) -> Dense:
+    """A copy that stays when the layer is overwritten."""
+    return Dense(whole.weight.clone(), None if whole.bias is None else whole.bias.clone())
+
+
+def merge_one(layer: nn.Module, delta: Delta, base: Dense | None) -> list[str]:
+    columns = delta.site.columns
+    merged = delta.merged(replace(dense(layer, columns), base=base and part(base, columns)))
     for key, tensor in merged.items():
         write(layer, key, tensor, delta.site.columns)
     return list(merged)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ..methods.adalora import AdaLoRA
+from ..methods.budget import in_steps
 from ..methods.dora import Decomposed, DoRA
 from ..methods.lora import LoRA
 from ..methods.low_rank import LowRank
 from ..methods.triplets import Triplets
+from .change import Low, fitting
 from .peft_parts import CONFIG, PREFIX, TENSORS, Parts, body, most, short_names, widened
 from .quant import dense
 from .registry import finite, whole
@@ -100,6 +102,7 @@ def write_adalora(model: nn.Module, name: str, parts: Parts) -> tuple[dict[str, 
         "total_step": budget.steps or 1,
         "tinit": budget.tinit if budget.steps else 0,
         "tfinal": budget.steps - budget.end,
+        "deltaT": max(1, in_steps(budget.shares[2], budget.steps)),
         "rank_pattern": kept if any(rank < init_r for rank in ranks.values()) else None,
     }
     return config, tensors
@@ -119,11 +122,33 @@ def read_lora(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoRA 
         return read_adalora(config, ranks)
     check_ranks(config, ranks)
     alphas = read_alphas(config, ranks)
+    for path, most_there in limits(factors, tensors).items():
+        if ranks[path] > most_there:  # `fitted` makes the tensors of that rank
+            share = most_there / ranks[path]
+            alphas[path] *= share**0.5 if config.get("use_rslora") else share
+            ranks[path] = most_there
     r, alpha = most(ranks.values()), most(alphas.values())
     own = {p: {"r": ranks[p], "alpha": alphas[p]} for p in ranks if (ranks[p], alphas[p]) != (r, alpha)}
     scaling = "rslora" if config.get("use_rslora") else "standard"
     cls = DoRA if config.get("use_dora") else LoRA
     return cls(r, alpha, config.get("lora_dropout") or 0.0, tuple(ranks), own, scaling)
+
+
+def fitted(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the layers whose rank is above their size (a PiSSA's, with its start): the same change at that size."""
+    found: dict[str, Tensor] = {}
+    for key, a in tensors.items():
+        b = tensors.get(key.replace(".lora_A.", ".lora_B."))
+        if key.endswith(".lora_A.weight") and b is not None and len(a) > min(a.shape[1], len(b)):
+            low = fitting(Low(a.double(), b.double()))
+            found |= {key: low.a.to(a), key.replace(".lora_A.", ".lora_B."): low.b.to(b)}
+    return found
+
+
+def limits(factors: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """layer -> the rank that its change can have: the smaller of d_in and d_out."""
+    found = {p: (a, tensors.get(f"{PREFIX}{p}.lora_B.weight")) for p, a in factors.items()}
+    return {p: min(a.shape[-1], len(b)) for p, (a, b) in found.items() if b is not None and a.ndim == b.ndim == 2}
 
 
 def refuse_rewritten(config: Mapping[str, Any]) -> None:

@@ -88,8 +88,12 @@ def pack(layer: Any, value: Tensor) -> None:
 
 def dense(layer: nn.Module, columns: tuple[Range, ...] | None = None) -> Dense:
     """The layer's weight and bias, or the chosen output features of them."""
-    bias = getattr(layer, "bias", None)
-    return Dense(take(weight(layer), columns, 0), None if bias is None else take(bias, columns, 0))
+    return part(Dense(weight(layer), getattr(layer, "bias", None)), columns)
+
+
+def part(whole: Dense, columns: tuple[Range, ...] | None) -> Dense:
+    """The chosen output features of a layer's weight and bias."""
+    return Dense(take(whole.weight, columns, 0), None if whole.bias is None else take(whole.bias, columns, 0))
 
 
 def write(layer: Any, key: str, value: Tensor, columns: tuple[Range, ...] | None = None) -> None:

@@ -355,7 +355,7 @@ def read_first(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
 def stem(model: nn.Module) -> Any:
     """The module that every forward pass calls: the trunk, but OPT's heads call the decoder inside it."""
     inner = trunk(model)
-    return inner.decoder if getattr(model.config, "model_type", "") == "opt" else inner
+    return inner.decoder if getattr(getattr(model, "config", None), "model_type", "") == "opt" else inner
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..methods._rows import Rows
-from . import peft_format
+from . import peft_format, peft_lora
 from .attach import activate, attach, attached, detach, each, focus, fold, known
 from .delta import overwritten
 from .fingerprint import fingerprint, rescaled, scales
@@ -297,9 +297,11 @@ def foreign(model: nn.Module, folder: Path, tensors: dict[str, Tensor]) -> tuple
     """The methods of a peft folder without a manifest."""
     config = read_object(folder / CONFIG)
     try:
-        return peft_format.methods(config, tensors, model)
+        found = peft_format.methods(config, tensors, model)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
+    tensors |= peft_lora.fitted(tensors)
+    return found
 
 
 def canonical(model: nn.Module, name: str, tensors: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

@@ -38,7 +38,8 @@ class Turn:
 class Example:
     """One row. `media`: its picture or sound.
 
-    `extra` keeps what later objectives read: chosen, rejected, desirable, completions, id.
+    `extra` keeps what later objectives read: chosen, rejected, desirable, completions, id; `row` the columns as they
+    came, for templates that name them.
     """
 
     where: str
@@ -51,6 +52,7 @@ class Example:
     tools: tuple | None = None
     media: Media | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def kind(self) -> str:

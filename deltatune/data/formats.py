@@ -370,9 +370,7 @@ def attempt(row: Row, format: str) -> tuple[Example, list[BadRow]]:
         return Example(row.where), faults
     example = form.convert(row.value, faults)
     side = {name: row.value[name] for name in SIDE if name in row.value}
-    if side:
-        example = Example(**{**vars(example), "extra": {**side, **example.extra}})
-    return example, faults
+    return Example(**{**vars(example), "extra": {**side, **example.extra}, "row": row.value}), faults
 
 
 def _lacks(row: Row, format: str, missing: Sequence[str]) -> BadRow:
@@ -456,7 +454,7 @@ def _tell(file: str, name: str, row: Row, problems: Problems) -> None:
     problems.note(f"{file}: read as {name!r} from its columns {', '.join(map(str, row.value))}")
     unused = [str(column) for column in row.value if column not in FORMATS[name].columns and column not in SIDE]
     if unused:
-        problems.note(f"{file}: these columns are not used: {', '.join(unused)}")
+        problems.note(f"{file}: these columns are not used (unless a template names them): {', '.join(unused)}")
 
 
 def load(

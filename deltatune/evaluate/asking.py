@@ -54,9 +54,11 @@ class Asking:
 
 
 def example_of(prompt: Any) -> Example | None:
-    """What a template is filled with: a text, a row, or a chat's last question. None: rows that are token ids."""
+    """What a template is filled with: a text, a row (its columns too), or a chat's last question. None: token ids."""
     if isinstance(prompt, str):
         return Example("prompt", prompt=prompt, text=prompt)
+    if isinstance(prompt, Mapping) and "input_ids" not in prompt:  # a row of columns
+        return Example("prompt", row=prompt)
     turns = getattr(prompt, "turns", None)
     if turns is not None and not turns:
         return prompt
@@ -67,7 +69,8 @@ def example_of(prompt: Any) -> Example | None:
     asked = next((t["content"] for t in reversed(said) if t["role"] == "user"), None)
     if asked is None:
         raise ValueError("a chat without a user's turn cannot be answered")
-    return replace(example_of(asked), where=getattr(prompt, "where", "prompt"))  # type: ignore[type-var]
+    where, row = getattr(prompt, "where", "prompt"), getattr(prompt, "row", {})
+    return replace(example_of(asked), where=where, row=row)  # type: ignore[type-var]
 
 
 def prompted(model: nn.Module, *names: str) -> dict[str, Any]:

@@ -1,8 +1,11 @@
-"""Where a soft prompt goes in."""
+"""Where a soft prompt goes in, and what it may start as."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
 
 from ..core.delta import Refusal
 from ..core.site import Site, embedding, towers, trunk
@@ -26,3 +29,9 @@ def place(model: nn.Module) -> tuple[Site, nn.Embedding]:
         found=f"{name}: {type(layer).__name__}",
         instead="Prefix, which needs no embedding; for images VisualPrompt (visual_prompt)",
     )
+
+
+def looked_up(layer: nn.Embedding, ids: Sequence[Sequence[int]]) -> Tensor:
+    """[len(ids), d]: the mean of each entry's embeddings, through the layer, because some families scale them."""
+    device = layer.weight.device
+    return torch.stack([layer(torch.tensor(list(i), device=device)).detach().float().mean(0) for i in ids])

@@ -32,12 +32,17 @@ class Rows(Delta):
 
     def __init__(self, layer: nn.Embedding, start: Tensor, length: int, encode: nn.Module | None = None):
         super().__init__()
-        self.offset, self.size, self.length = first_free(layer), len(start), length
+        self.offset, self.size, self.length = layer.num_embeddings, len(start), length
         self.prompt_embeddings = nn.Parameter(start)  # [count * length, d]; what the encoder reads, where there is one
         self.ids: Tensor | None = None
         if encode is not None:
             self.encode, self.inputs, self.unpruned = encode, self.prompt_embeddings, DROPPED
             del self.prompt_embeddings
+
+    def placed(self, layer: nn.Module) -> None:
+        """Take the first ids that neither the vocabulary nor another prompt uses."""
+        ends = [d.offset + d.size for d in layer.modules() if isinstance(d, Rows)]
+        self.offset = max([int(layer.num_embeddings), *ends])  # type: ignore[arg-type]
 
     @property
     def count(self) -> int:
@@ -84,11 +89,6 @@ class Rows(Delta):
         if "prompt_embeddings" in tensors:
             self.fold()
         super().take_form(tensors)
-
-
-def first_free(layer: nn.Embedding) -> int:
-    """The first id that neither the vocabulary nor another adapter's prompt uses."""
-    return max([layer.num_embeddings, *(d.offset + d.size for d in layer.modules() if isinstance(d, Rows))])
 
 
 def sampled(layer: nn.Embedding, count: int) -> list[tuple[int, ...]]:

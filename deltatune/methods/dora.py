@@ -32,7 +32,8 @@ class DoRA(LoRA):
         weight = dense(model.get_submodule(site.write), site.columns).weight
         made.rates = {"lora_B": self.lr_ratio} if self.lr_ratio != 1 else {}
         made.start(self.init, weight if self.read(model, site) is not None else None)
-        made.measure(weight)
+        if not weight.is_meta:
+            made.lora_magnitude_vector.data.copy_(made.norm(weight))
         return made
 
 
@@ -44,11 +45,6 @@ class Decomposed(LowRank):
     def __init__(self, d_in: int, d_out: int, settings: tuple[int, float, float], scaling: str = "standard"):
         super().__init__(d_in, d_out, settings, scaling)
         self.lora_magnitude_vector = nn.Parameter(torch.ones(d_out))
-
-    @torch.no_grad()
-    def measure(self, weight: Tensor) -> None:
-        if not weight.is_meta:
-            self.lora_magnitude_vector.copy_(self.norm(weight))
 
     @torch.no_grad()
     def norm(self, weight: Tensor) -> Tensor:
@@ -87,14 +83,18 @@ class Decomposed(LowRank):
         bias = getattr(layer, "bias", None)
         plain = y if bias is None else y - take(bias, self.site.columns, 0)
         if self.dropout and self.training:  # what is added sees the dropped input, the base the whole one
-            x = F.dropout(x, self.dropout)
-            plain = F.linear(x, dense(layer, self.site.columns).weight)
+            x, whole = F.dropout(x, self.dropout), x
+            plain = plain + F.linear(x - whole, dense(layer, self.site.columns).weight)
         a, b = self.factors()
         low = F.linear(F.linear(x, a.to(x.dtype)), (self.scale * gain[:, None] * b).to(x.dtype))
         return y + (gain - 1).to(y.dtype) * plain + low
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:
+        """||V|| is the base's, as in `after`; what other deltas added before is scaled along, their bias too."""
         a, b = self.factors()
-        weight = dense.weight.float()
-        gain = self.lora_magnitude_vector / self.norm(dense.weight)
-        return {"weight": (gain[:, None] * (weight + self.scale * (b @ a))).to(dense.weight.dtype)}
+        base = dense.base or dense
+        gain = self.lora_magnitude_vector / self.norm(base.weight)
+        found = {"weight": (gain[:, None] * (dense.weight.float() + self.scale * (b @ a))).to(dense.weight.dtype)}
+        if dense.bias is not None and base.bias is not None and not torch.equal(dense.bias, base.bias):
+            found["bias"] = (base.bias + gain * (dense.bias - base.bias)).to(dense.bias.dtype)
+        return found

@@ -36,7 +36,7 @@ class Prefix:
     `offset_positions`: real tokens of a causal model stand after the prefix (as in peft); off, they keep their places.
     init "words": the base's own keys and values of `words`, repeated or cut to `length`; "random": N(0, 0.02).
     reparam "mlp": trained as an MLP of `hidden` units over l d inputs (one for each stack of an encoder-decoder, and
-    one for cross-attention), dropped at the end of the run.
+    one for cross-attention), dropped at the end of the run; without it `hidden` says nothing.
     """
 
     length: int = 20

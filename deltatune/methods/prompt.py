@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..core.delta import Delta
-from ..core.registry import method, nearest, whole
+from ..core.registry import choice, method, whole
 from ..core.site import Site
-from ._place import place
+from ._place import looked_up, place
 from ._rows import Rows, check_several, sampled
 
 INITS = ("vocab", "uniform", "text", "labels")
@@ -52,8 +52,11 @@ class Prompt:
     def __post_init__(self) -> None:
         whole("Prompt length", self.length)
         check_several("Prompt", self.count, self.combine, self.tasks)
-        if self.init not in INITS:
-            raise ValueError(f"Prompt init {self.init!r}: choose from {', '.join(INITS)}.{nearest(self.init, INITS)}")
+        choice("Prompt init", self.init, INITS)
+        if not isinstance(self.text, str) or isinstance(self.labels, str):
+            raise ValueError(f"Prompt text is a text, labels a list of words: got {self.text!r} and {self.labels!r}")
+        if self.ids and self.init not in ("text", "labels"):
+            raise ValueError(f"Prompt ids start an init text or labels, not {self.init!r}, which reads none")
         object.__setattr__(self, "ids", tuple(tuple(i) for i in self.ids))
         for kind, given in (("text", self.text), ("labels", self.labels)):
             if (self.init == kind) != bool(given or (self.ids and self.init == kind)):
@@ -90,9 +93,3 @@ class Prompt:
         if self.init == "text":
             return looked_up(layer, [self.ids[i % len(self.ids)] for i in range(self.length)])
         return looked_up(layer, [*self.ids, *sampled(layer, self.length - len(self.ids))])
-
-
-def looked_up(layer: nn.Embedding, ids: Sequence[Sequence[int]]) -> Tensor:
-    """[len(ids), d]: the mean of each entry's embeddings, through the layer, because some families scale them."""
-    device = layer.weight.device
-    return torch.stack([layer(torch.tensor(list(i), device=device)).detach().float().mean(0) for i in ids])

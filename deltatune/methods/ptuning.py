@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.delta import Delta
-from ..core.registry import method, nearest, whole
+from ..core.registry import choice, method, whole
 from ..core.site import Site
 from ._place import place
 from ._rows import Rows, check_several
@@ -43,9 +43,9 @@ class PTuning:
     def __post_init__(self) -> None:
         whole("PTuning length", self.length)
         check_several("PTuning", self.count, self.combine, self.tasks)
-        if self.encoder not in ENCODERS:
-            near = nearest(str(self.encoder), ENCODERS)
-            raise ValueError(f"PTuning encoder {self.encoder!r}: choose from {', '.join(ENCODERS)}.{near}")
+        choice("PTuning encoder", self.encoder, ENCODERS)
+        if self.length == 1 and self.encoder == "lstm":
+            raise ValueError("PTuning length 1 gives encoder 'lstm' nothing to recur over: choose 'mlp', or 2")
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         site, layer = place(model)

@@ -1,4 +1,4 @@
-"""Template: text, {fields} of a row, one <mask> where the language model answers, and virtual tokens <soft:n>."""
+"""Template: text, {columns} of a row, one <mask> where the language model answers, and virtual tokens <soft:n>."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 from ..data.encode import edges
 from ..data.example import Example
-from ..data.problems import nearest
+from ..data.problems import BadRow, nearest, short
 
 MASK = "<mask>"
 FIELD = re.compile(r"\{(\w+)\}")
-SOFT = re.compile(r"<soft(?::(\d+))?>")
-PIECE = re.compile(r"(\{\w+\}|<mask>|<soft(?::\d+)?>)")
+SOFT = re.compile(r"<soft(?::(0*[1-9]\d*))?>")
+PIECE = re.compile(r"(\{\{|\}\}|\{\w+\}|<mask>|<soft(?::0*[1-9]\d*)?>)")
 FIELDS = ("text", "text_pair", "prompt")
+ANSWERS = ("label", "labels", "completion", "answer", "answers")
+BRACES = {"{{": "{", "}}": "}"}
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,12 @@ class Piece:
 
 @dataclass(frozen=True)
 class Template:
-    """'<soft:3>{text}<soft> It was <mask>.': literal text, fields of the row, virtual tokens, one gap (or, without
-    `gap`, none: the answer follows)."""
+    """'<soft:3>{text}<soft> It was <mask>.': literal text, parts of the row, virtual tokens, one gap (or, without
+    `gap`, none: the answer follows).
+
+    {text}, {text_pair} and {prompt} are the row's parts whatever its format calls them; any other name is a column of
+    the row. {{ and }} are braces. Other words in angle brackets are text, unless they look like a slot misspelt.
+    """
 
     text: str
     gap: bool = True
@@ -41,15 +47,33 @@ class Template:
             raise ValueError(f"template {self.text!r} needs exactly one {MASK}, it has {self.text.count(MASK)}")
         if not self.gap and MASK in self.text:
             raise ValueError(f"template {self.text!r}: the answer follows the prompt here, leave {MASK} out")
-        unknown = [f for f in FIELD.findall(self.text) if f not in FIELDS]
-        if unknown:
-            hint = nearest(unknown[0], FIELDS)
-            raise ValueError(f"template {self.text!r}: no field {{{unknown[0]}}}.{hint} Fields: {', '.join(FIELDS)}")
-        odd = next((m for m in re.findall(r"<soft\b[^>]*>?", self.text) if not SOFT.fullmatch(m)), None)
-        if odd or "<soft:0>" in self.text:
+        literal = "".join(self.pieces[::2])  # PIECE splits: what is between its matches
+        if wrong := re.search(r"\{[^{}]*\}?|\}", literal):
+            like = nearest(wrong[0].strip("{} "), FIELDS)
             raise ValueError(
-                f"template {self.text!r}: {odd or '<soft:0>'} is no virtual token; write <soft> or <soft:3>"
+                f"template {self.text!r}: {wrong[0]!r} is no field: write {{name}}, a column of the row (letters, "
+                f"digits and _; rename others with `columns`), or {{{{ and }}}} for braces.{like} "
+                f"Always there: {', '.join(FIELDS)}"
             )
+        if odd := next(filter(misspelt, re.findall(r"<[^<>]*>|<(?:soft|mask)\b[^<>]*", literal)), None):
+            raise ValueError(
+                f"template {self.text!r}: {odd!r} is no slot; write <mask> for the gap, <soft> or <soft:3> for virtual "
+                "tokens"
+            )
+        if told := next((f for f in self.fields if f in ANSWERS), None):
+            raise ValueError(f"template {self.text!r}: {{{told}}} would tell the answer: leave it out")
+        if not self.fields:
+            raise ValueError(f"template {self.text!r} reads nothing of the row: write {{text}}, or another column")
+
+    @property
+    def pieces(self) -> list[str]:
+        """Literal text at even places, slots, fields and doubled braces at odd ones."""
+        return PIECE.split(self.text)
+
+    @property
+    def fields(self) -> list[str]:
+        """The names of what it reads of the row."""
+        return [f[1:-1] for f in self.pieces[1::2] if FIELD.fullmatch(f)]
 
     @property
     def slots(self) -> int:
@@ -68,7 +92,7 @@ class Template:
 
     def parts(self, example: Example) -> list[Piece]:
         """The pieces in order; <soft> and <mask> in the row's own text are letters."""
-        return [self.part(piece, example) for piece in PIECE.split(self.text) if piece]
+        return [self.part(piece, example) for piece in self.pieces if piece]
 
     def part(self, piece: str, example: Example) -> Piece:
         if piece == MASK:
@@ -76,15 +100,35 @@ class Template:
         if soft := SOFT.fullmatch(piece):
             return Piece(soft=int(soft.group(1) or 1))
         field = FIELD.fullmatch(piece)
-        return Piece(self.value(example, field.group(1)), own=True) if field else Piece(piece)
+        return Piece(self.value(example, field[1]), own=True) if field else Piece(BRACES.get(piece, piece))
 
     def value(self, example: Example, field: str) -> str:
-        value = getattr(example, field)
-        if value is None:
-            raise ValueError(
-                f"{example.where}: the template {self.text!r} needs {field!r}, which this row does not have"
-            )
-        return value
+        """The row's text under that name; BadRow where it has none."""
+        value = getattr(example, field) if field in FIELDS else None
+        value = example.row.get(field) if value is None else value
+        if isinstance(value, str | int | float):
+            return str(value)
+        have = [str(name) for name in example.row] or [f for f in FIELDS if getattr(example, f) is not None]
+        why = "this row does not have it" if value is None else f"it is no text here: {short(value)}"
+        fix = f"Its columns: {', '.join(have)}.{nearest(field, have)}"
+        raise BadRow("missing_field", example.where, field, f"the template {self.text!r} reads it, and {why}", fix)
+
+
+def misspelt(bracket: str) -> bool:
+    """Whether '<...>' looks like a slot misspelt: <Soft:20>, <soft20>, <sfot:3>, <MASK>; but not <b> or <task>."""
+    found = re.match(r"<\s*([A-Za-z]+)(.*)", bracket, re.DOTALL)
+    if found is None:
+        return False
+    word = found[1].lower()
+    if re.search(r"\d", found[2]) and nearest(word, ("soft", "mask"), 0.6):
+        return True
+    return any(word == slot or sorted(word) == sorted(slot) or one_more(word, slot) for slot in ("soft", "mask"))
+
+
+def one_more(a: str, b: str) -> bool:
+    """Whether one of the two is the other and one letter."""
+    short_, long = sorted((a, b), key=len)
+    return len(long) == len(short_) + 1 and any(long[:i] + long[i + 1 :] == short_ for i in range(len(long)))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.delta import Wrapped
+
 
 class GuardStop(ValueError):
     """A check stopped the run; the weights are those from before the offending step."""
@@ -97,6 +99,8 @@ def active(module: nn.Module, trainable: Mapping[str, nn.Parameter], steps: int)
     """The deltas of this run of `steps` steps, told that it begins: own parameters, if any, are not all frozen."""
     ours = {id(p) for p in trainable.values()}
     deltas = [m for m in module.modules() if hasattr(m, "penalty") and hasattr(m, "after_step")]
+    inside = {id(m.inner) for m in deltas if isinstance(m, Wrapped)}  # their wrapper tells them
+    deltas = [m for m in deltas if id(m) not in inside]
     found: list[Any] = [m for m in deltas if not (own := {id(p) for p in m.parameters()}) or own & ours]
     if unready := [delta for delta in found if getattr(delta, "ready", True) is False]:
         raise VerificationError(

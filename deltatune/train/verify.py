@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.attach import activate, attached, detach, disabled, each, known, restored
-from ..core.delta import SLOT, Refusal
+from ..core.delta import SLOT, Refusal, inmost
 from ..core.merging import merge
 from ..core.quant import scheme, size
 from ..core.registry import identity
@@ -25,6 +25,7 @@ from ..data.check import Sample, pieces
 from ..data.encode import IGNORE, Encoded
 from ..data.show import safe
 from ..evaluate.generate import end_of_turn, evaluating
+from ..methods.budget import Budget
 from ..methods.triplets import Triplets
 from ..objectives.common import decoder_inputs, run
 from .guard import VerificationError, few
@@ -252,23 +253,29 @@ def merges(job: Job) -> Check:
     gap, agree = float((plain - ours).abs().max()), float((plain.argmax(-1) == ours.argmax(-1)).float().mean())
     exact = next(job.model.parameters()).dtype != torch.bfloat16
     ok = kl <= (1e-3 if exact else 5e-2)
-    if ours.dim() == 2:  # scores and single classes have no distribution of their own
-        ok = ok and gap <= (1e-3 if exact else 1e-1) * max(1.0, float(ours.abs().max()))
-    return Check("merge", ok, f"KL {kl:.2e} nats, largest difference {gap:.2e}, {agree:.1%} of the choices agree")
+    size = max(1.0, float(ours.abs().max()))
+    if exact or ours.dim() == 2:  # scores and single classes have no distribution of their own
+        ok = ok and gap <= (1e-3 if exact else 1e-1) * size
+    seen = f"KL {kl:.2e} nats, largest difference {gap:.2e} of {size:.3g}, {agree:.1%} of the choices agree"
+    return Check("merge", ok, seen)
 
 
 def budget_moved(job: Job) -> list[Check]:
     """AdaLoRA took ranks from some layers and left them to others; nothing to say of other methods."""
-    found = [delta for _, delta in each(job.model, job.adapter) if isinstance(delta, Triplets)]
-    if not found:
-        return []
-    budget, ranks = found[0].budget, [delta.rank for delta in found]
-    seen = (
+    inner = [inmost(delta) for _, delta in each(job.model, job.adapter)]
+    budgets = list(dict.fromkeys(delta.budget for delta in inner if isinstance(delta, Triplets)))
+    found = [spent(budget) for budget in budgets]
+    return [Check("budget", all(ok for ok, _ in found), "; ".join(said for _, said in found))] if found else []
+
+
+def spent(budget: Budget) -> tuple[bool, str]:
+    """Whether one budget moved, and how far."""
+    ranks = [member.rank for member in budget.members]
+    moved = budget.allocations > 0 and sum(ranks) < budget.first
+    return moved or budget.least == budget.first, (
         f"{budget.allocations} allocations, from {budget.first} to {sum(ranks)} triplets "
         f"({budget.least} planned) in {len(ranks)} layers, ranks {min(ranks)} to {max(ranks)}"
     )
-    moved = budget.allocations > 0 and sum(ranks) < budget.first
-    return [Check("budget", moved or budget.least == budget.first, seen)]
 
 
 def weigh(model: nn.Module) -> dict[str, int]:
