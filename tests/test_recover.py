@@ -254,7 +254,7 @@ def test_every_entry_says_whose_default_it_sweeps():
 
 def test_defaults_are_shown_beside_the_finished_sweeps(place, tmp_path, monkeypatch, capsys):
     what = {
-        "tasks": {"a": {"base": "x"}, "b": {"base": "y"}},
+        "tasks": {"a": {"base": "x", "metric": "accuracy"}, "b": {"base": "y", "metric": "accuracy"}},
         "methods": {
             "lora": {"tasks": ["a", "b"], "method": "lora", "lr": [1e-3, 3e-3]},
             "houlsby": {"tasks": ["a"], "method": "houlsby", "lr": [1e-3], "default_of": "adapter"},

@@ -454,7 +454,7 @@ def _tell(file: str, name: str, row: Row, problems: Problems) -> None:
     problems.note(f"{file}: read as {name!r} from its columns {', '.join(map(str, row.value))}")
     unused = [str(column) for column in row.value if column not in FORMATS[name].columns and column not in SIDE]
     if unused:
-        problems.note(f"{file}: these columns are not used (unless a template names them): {', '.join(unused)}")
+        problems.note(f"{file}: these columns are not used: {', '.join(unused)} (unless a template names them)")
 
 
 def load(

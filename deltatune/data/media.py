@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
-from torch import Tensor
 
 from .fields import Faults, what
 from .problems import BadRow, nearest, short
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Media", "Reader", "Wordless", "keep_rows", "media", "parted", "reader", "reads"]
 
