@@ -52,21 +52,24 @@ def skeleton(ref: str) -> Any:
 
 
 def spelled(record: dict[str, Any]) -> str:
-    """What the model says of it; else defaults, or what a preset stands for, on one line."""
+    """What the model says of it; else what it is, in a sentence."""
     for key in ("refused", "needs"):
         if key in record:
             return f"{key}: {record[key]}"
     if "sites" in record:
         return ", ".join(f"{count} {site}" for site, count in record["sites"].items())
-    if record["kind"] == "preset":
-        return json.dumps(record["method"])
-    return ", ".join(f"{key}={value}" for key, value in record["defaults"].items())
+    return str(record.get("doc") or record.get("note") or "")
 
 
 def cells(record: dict[str, Any], counted: bool) -> list[str]:
     """One line of the table; counted: with the trainable numbers of a model."""
-    paper = f"arXiv:{record['paper']}" if record["paper"] else ""
-    found = [record["name"], paper, record["kind"] or "", "yes" if record["mergeable"] else "no", record["peft"] or "-"]
+    found = [
+        record["name"],
+        record["paper"] or "",
+        record["kind"] or "",
+        "yes" if record["mergeable"] else "no",
+        record["peft"] or "-",
+    ]
     found += [f"{record['parameters']:,}" if "parameters" in record else "-"] if counted else []
     return [*found, spelled(record).replace("[", r"\["), record["source"] or "-"]
 
@@ -79,7 +82,7 @@ def page(found: dict[str, Any], model: str | None) -> Table:
     paper = f"arXiv:{found['paper']}" if found["paper"] else "no paper"
     lines = [(found["name"], f"{found['kind']}, {paper}"), ("", found.get("doc") or found.get("note") or "")]
     fields = found.get("fields", {}).items()
-    lines += [(f"  {name}", f"{kind['default']!r} ({kind['type']})") for name, kind in fields]
+    lines += [(f"  {name}", f"{brief(kind['default'])} ({kind['type']})") for name, kind in fields]
     lines += [("learning rate", about.span(found)), ("source", found["source"] or "-")]
     if own := about.recipe(found):
         lines += [("paper's recipe", own["name"] if own["name"] == found["name"] else f"{own['name']}: {own['note']}")]
@@ -94,6 +97,12 @@ def page(found: dict[str, Any], model: str | None) -> Table:
     return table
 
 
+def brief(default: Any) -> str:
+    """A field's default; methods inside by their names, which have pages of their own."""
+    nested = isinstance(default, list) and all(isinstance(block, dict) for block in default)
+    return ", ".join(name for block in default for name in block) if nested and default else repr(default)
+
+
 @main.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method or preset: everything about it on one page.")] = None,
@@ -102,7 +111,7 @@ def methods(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """List methods and presets: paper, kind, whether they merge, peft type, sites or defaults, and whose those are."""
+    """List methods and presets: paper, kind, merging, peft type, and whose the defaults are. With NAME: its page."""
     if name is not None:
         one(name, model)
         return
@@ -111,9 +120,9 @@ def methods(
         emit(records)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    what = ["parameters", "sites"] if model else ["defaults"]
-    for column in ("name", "paper", "kind", "merge", "peft", *what, "source"):
-        wraps, right = column in ("defaults", "sites", "source"), column == "parameters"
+    what = ["parameters", "sites"] if model else ["what it is"]
+    for column in ("name", "arXiv", "kind", "merge", "peft", *what, "source"):
+        wraps, right = column in ("what it is", "sites", "source"), column == "parameters"
         width = 20 if wraps else None
         table.add_column(
             column, overflow="fold", no_wrap=not wraps, justify="right" if right else "left", min_width=width
@@ -121,6 +130,9 @@ def methods(
     for record in records:
         table.add_row(*cells(record, model is not None))
     screen().print(table)
+    screen().print(
+        "\ndeltatune methods NAME: fields, defaults, the paper's recipe; --model REF: sites and parameters on a model"
+    )
 
 
 def one(name: str, model: str | None) -> None:
