@@ -4,9 +4,10 @@
     python benchmarks/recover.py --table [--write docs/evidence/methods.md]
     python benchmarks/recover.py --defaults
 
-DIR: the sets of docs/evidence/data.md. recover.yaml says what is run. The learning rate is chosen on the dev split with
-one seed; the winner is trained with three seeds and measured on test rows that the sweep never saw. Every finished run
-is one line of docs/evidence/runs/recover.jsonl and is not run again; the table needs nothing but that file.
+DIR: the sets of docs/evidence/data.md. recover.yaml says what is run. The learning rate is chosen on the dev split:
+every rate is run with one seed, the best so far with two more, until the best of all means is one of three seeds. Its
+runs are compared on test rows, which no choice ever saw. Every finished run is two lines (dev, test) of
+docs/evidence/runs/recover.jsonl and is not run again; the table needs nothing but that file.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ HERE = Path(__file__).resolve().parent
 STORE = HERE.parent / "docs" / "evidence" / "runs" / "recover.jsonl"
 SEEDS = (0, 1, 2)
 ROWS, SECONDS = 512, 90  # the budget of a run: training rows, seconds of training
+SPLITS = {"sweep": "dev", "test": "test"}  # the phase of a line, and the rows it was measured on
 HELD_OUT = 64  # training rows on which the best untuned prompt is chosen
 Row = dict[str, Any]
 Table = Mapping[str, Any]
@@ -270,19 +273,15 @@ class Busy:
         self.seconds += time.process_time()
 
 
-def trained(task: Table, method: Any, cell: Cell, folder: Path) -> Row:
-    """Train and measure: the line that is kept of a run."""
+def trained(task: Table, method: Any, cell: Cell, folder: Path) -> dict[str, Row]:
+    """Train once, measure on both splits: phase -> the line that is kept of it."""
     busy = Busy()
     job, clock = prepare(settings(task, method, cell, folder)), Clock([busy])
     with tempfile.TemporaryDirectory() as out:
         done = execute(job, Path(out) / "run", clock)
     if done.status == "interrupted":
         raise KeyboardInterrupt
-    file = folder / ("dev.jsonl" if cell.phase == "sweep" else "test.jsonl")
-    scored = score(job, read([str(file)], job.config, []), (task["metric"],))
-    return {
-        **compact(task["metric"], scored.predictions, scored.references),
-        "loss": round(scored.loss, 5) if math.isfinite(scored.loss) else None,
+    facts = {
         "status": done.status,
         "steps": done.summary["steps"],
         "parameters": done.summary["trainable_parameters"],
@@ -290,6 +289,16 @@ def trained(task: Table, method: Any, cell: Cell, folder: Path) -> Row:
         "train_cpu_s": round(busy.seconds, 1),
         **({"said": said} if (said := done.summary.get("methods")) else {}),  # drift, routing, ...
     }
+    return {
+        phase: {**measured(task["metric"], job, folder / f"{split}.jsonl"), **facts} for phase, split in SPLITS.items()
+    }
+
+
+def measured(metric: str, job: Any, file: Path) -> Row:
+    """The tuned model's score on one split."""
+    scored = score(job, read([str(file)], job.config, []), (metric,))
+    loss = round(scored.loss, 5) if math.isfinite(scored.loss) else None
+    return {**compact(metric, scored.predictions, scored.references), "loss": loss}
 
 
 def untuned(task: Table, cell: Cell, folder: Path) -> Row:
@@ -337,25 +346,45 @@ def entries(store: Store) -> dict[str, Any]:
     return {name: entry for name, entry in store.table["methods"].items() if "open" not in entry}
 
 
-def best_lr(store: Store, name: str, task: str) -> float | None:
-    """The swept learning rate with the best dev score, over all the method's tasks; None: the sweep is not done."""
+def together(store: Store, name: str, task: str) -> list[str]:
+    """The tasks that share one learning rate with `task`."""
     entry = store.table["methods"][name]
-    tasks = [task] if entry.get("by_task") else entry["tasks"]
-    scores = {}
-    for lr in entry["lr"]:
-        found = [store.get(Cell("sweep", name, t, lr, 0)) for t in tasks]
-        if None in found:
-            return None
-        scores[lr] = sum(line["value"] for line in found if line) / len(found)
+    return [task] if entry.get("by_task") else entry["tasks"]
+
+
+def seen(store: Store, name: str, tasks: Sequence[str], lr: float) -> list[float]:
+    """The dev scores of one rate, a mean over the tasks for each seed that is done on all of them, in order."""
+    by_seed = ([store.get(Cell("sweep", name, task, lr, seed)) for task in tasks] for seed in SEEDS)
+    return [sum(line["value"] for line in found if line) / len(found) for found in takewhile(all, by_seed)]
+
+
+def leader(store: Store, name: str, task: str) -> tuple[float, int] | None:
+    """The rate with the best mean dev score so far, and how many seeds it has; None: some rate has no run yet."""
+    tasks = together(store, name, task)
+    scores = {lr: seen(store, name, tasks, lr) for lr in store.table["methods"][name]["lr"]}
+    if not all(scores.values()):
+        return None
     sign = 1 if all(find(store.table["tasks"][t]["metric"]).higher_is_better for t in tasks) else -1
-    return max(scores, key=lambda lr: sign * scores[lr])
+    best = max(scores, key=lambda lr: sign * sum(scores[lr]) / len(scores[lr]))
+    return best, len(scores[best])
+
+
+def best_lr(store: Store, name: str, task: str) -> float | None:
+    """The rate whose mean over all seeds is above every other rate's; None: that is not known yet."""
+    found = leader(store, name, task)
+    return found[0] if found and found[1] == len(SEEDS) else None
 
 
 def wanted(store: Store, name: str) -> Iterator[Cell]:
-    """The cells of a method in order; the sweep's come before those that need its winner."""
+    """The cells of a method in order: what is asked next depends on what the store holds by then."""
     entry = store.table["methods"][name]
     for task in entry["tasks"]:
-        yield from (Cell("sweep", name, task, lr, 0) for lr in entry["lr"])
+        yield from (Cell("sweep", name, task, lr, SEEDS[0]) for lr in entry["lr"])
+    for task in entry["tasks"]:
+        led = None
+        while (now := leader(store, name, task)) and now != led:
+            yield from (Cell("sweep", name, t, now[0], seed) for seed in SEEDS for t in together(store, name, task))
+            led = now
     for task in entry["tasks"]:
         if name == "head" or speaks(store.table["tasks"][task]):
             yield Cell("base", "", task, 1.0, 0)
@@ -381,10 +410,14 @@ def work(store: Store, data: Path, only: Sequence[str], hours: float) -> None:
                     return
                 method = store.table["methods"][name]["method"]
                 began = time.monotonic()
-                found = untuned(task, cell, folder) if cell.phase == "base" else trained(task, method, cell, folder)
-                found["wall_s"] = round(time.monotonic() - began, 1)
-                store.add(cell, {**found, "rows": digests[cell.task]})
-                print(f"{cell} {found['value']:.4f}", flush=True)
+                base = cell.phase == "base"
+                made = {"base": untuned(task, cell, folder)} if base else trained(task, method, cell, folder)
+                facts = {"wall_s": round(time.monotonic() - began, 1), "rows": digests[cell.task]}
+                for phase, found in made.items():
+                    own = replace(cell, phase=phase)
+                    if (store.get(own) or {}).get("rows") != digests[cell.task]:
+                        store.add(own, {**found, **facts})
+                        print(f"{own} {found['value']:.4f}", flush=True)
 
 
 def based(task: Table, data: Path) -> Table:
@@ -428,9 +461,10 @@ def recovery(store: Store, name: str, task: str) -> Recovery | None:
 
 
 def swept(store: Store, name: str, task: str) -> str:
-    """Each learning rate's dev score."""
-    lines = {lr: store.get(Cell("sweep", name, task, lr, 0)) for lr in store.table["methods"][name]["lr"]}
-    return ", ".join(f"{lr:g}: {line['value']:.3f}" for lr, line in lines.items() if line)
+    """Each learning rate's dev score, a mean where more seeds than one were run."""
+    found = {lr: seen(store, name, [task], lr) for lr in store.table["methods"][name]["lr"]}
+    means = {lr: (sum(scores) / len(scores), len(scores)) for lr, scores in found.items() if scores}
+    return ", ".join(f"{lr:g}: {mean:.3f}" + f" (of {n})" * (n > 1) for lr, (mean, n) in means.items())
 
 
 def default_of(store: Store, name: str) -> str:

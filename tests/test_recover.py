@@ -129,6 +129,24 @@ def line(store, cell, bits):
     )
 
 
+def test_a_rate_that_comes_apart_on_another_seed_is_given_up(tmp_path):
+    """0.1 leads after one seed and falls to a mean below 0.01's one run, which then must show its own other seeds."""
+    what = {
+        "tasks": {"a": {"metric": "accuracy"}},
+        "methods": {"m": {"tasks": ["a"], "method": "lora", "lr": [0.01, 0.1]}},
+    }
+    store, asked = recover.Store(tmp_path / "s.jsonl", what), []
+    scores = {(0.01, 0): "1110", (0.1, 0): "1111", (0.1, 1): "1111", (0.1, 2): "0000", (0.01, 1): "1110"}
+    for cell in recover.wanted(store, "m"):
+        asked.append((cell.phase, cell.lr, cell.seed))
+        if cell.phase == "sweep" and store.get(cell) is None:
+            line(store, cell, scores.get((cell.lr, cell.seed), "1100"))
+    swept = [key[1:] for key in dict.fromkeys(asked) if key[0] == "sweep"]
+    assert swept == [(0.01, 0), (0.1, 0), (0.1, 1), (0.1, 2), (0.01, 1), (0.01, 2)]
+    assert asked[-3:] == [("test", 0.01, seed) for seed in recover.SEEDS]  # 0.667 over 0.667: the first of the two
+    assert recover.swept(store, "m", "a") == "0.01: 0.667 (of 3), 0.1: 0.667 (of 3)"
+
+
 @pytest.mark.parametrize(
     ("right", "holds"),
     [
@@ -142,9 +160,9 @@ def test_the_interval_is_over_rows_not_over_runs(place, tmp_path, right, holds):
     what = yaml.safe_load((place / "what.yaml").read_text())
     what["methods"]["learns"]["lr"] = [1.0]
     store = recover.Store(tmp_path / "s.jsonl", what)
-    line(store, recover.Cell("sweep", "head", "tiny", 1e-7, 0), "0")
-    line(store, recover.Cell("sweep", "learns", "tiny", 1.0, 0), "1")
     for seed in recover.SEEDS:
+        line(store, recover.Cell("sweep", "head", "tiny", 1e-7, seed), "0")
+        line(store, recover.Cell("sweep", "learns", "tiny", 1.0, seed), "1")
         line(store, recover.Cell("test", "head", "tiny", 1e-7, seed), "0" * 40)
         line(store, recover.Cell("test", "learns", "tiny", 1.0, seed), right)
     got = recover.recovery(recover.Store(tmp_path / "s.jsonl", what), "learns", "tiny")
@@ -264,10 +282,13 @@ def test_defaults_are_shown_beside_the_finished_sweeps(place, tmp_path, monkeypa
     }
     assert recover.defaults(recover.Store(tmp_path / "s.jsonl", what)) == "no sweep is finished"
     store = recover.Store(tmp_path / "s.jsonl", what)
-    for task, lr, bits in (("a", 1e-3, "0011"), ("b", 1e-3, "0011"), ("a", 3e-3, "0111"), ("b", 3e-3, "0111")):
-        line(store, recover.Cell("sweep", "lora", task, lr, 0), bits)
-    for name, lr in (("houlsby", 1e-3), ("mam", 1e-3), ("ia3", 3e-3)):
-        line(store, recover.Cell("sweep", name, "a", lr, 0), "1")
+    for task in "ab":
+        line(store, recover.Cell("sweep", "lora", task, 1e-3, 0), "0011")
+    for seed in recover.SEEDS:
+        for task in "ab":
+            line(store, recover.Cell("sweep", "lora", task, 3e-3, seed), "0111")
+        for name, lr in (("houlsby", 1e-3), ("mam", 1e-3), ("ia3", 3e-3)):
+            line(store, recover.Cell("sweep", name, "a", lr, seed), "1")
     monkeypatch.setattr(recover, "default_lr", {"lora": 1e-3, "adapter": 1e-3, "mam": 5e-5}.__getitem__)
     (tmp_path / "what.yaml").write_text(yaml.safe_dump(what, sort_keys=False))
     capsys.readouterr()
