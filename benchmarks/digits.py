@@ -42,11 +42,11 @@ SETTINGS: dict[str, tuple[tuple[Any, ...], float]] = {
     "adapter": ((Adapter(bottleneck=8),), 1e-2),
     "LoRA": ((LoRA(r=4),), 3e-3),
     "visual prompts, shallow": ((VisualPrompt(10),), 1e-1),
-    "visual prompts, deep": ((VisualPrompt(10, deep=True),), 3e-2),
+    "visual prompts, deep": ((VisualPrompt(10, deep=True),), 1e-1),
     "prefix": ((Prefix(10),), 3e-1),
     "prefix, MLP": ((Prefix(10, reparam="mlp", hidden=64),), 1e-2),
     "prefix from real keys": ((Prefix(10),), 3e-1),
-    "SpotTune (LoRA)": ((SpotTune(of=(LoRA(r=4),), hidden=16),), 3e-3),
+    "SpotTune (LoRA)": ((SpotTune(of=(LoRA(r=4),), hidden=16),), 1e-2),
     "full": ((Full(),), 1e-3),
 }
 
