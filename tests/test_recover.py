@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import recover_sets
 import tiny_run as t
 from deltatune.core.registry import METHODS, PRESETS
 
@@ -189,7 +190,7 @@ def test_rows_are_kept_compactly_and_come_back(metric, said, wanted, pairs):
 
 def test_sentences_end_at_blank_lines_with_a_tab_in_them_too():
     text = "We\tO\nin\tO\nBern\tB-location\n\t\nHi\tO\r\n\r\nAcme\tB-group,B-product\n"
-    assert list(recover.sentences(text)) == [
+    assert list(recover_sets.sentences(text)) == [
         {"tokens": ["We", "in", "Bern"], "tags": ["O", "O", "B-location"]},
         {"tokens": ["Hi"], "tags": ["O"]},
         {"tokens": ["Acme"], "tags": ["B-group"]},
@@ -201,7 +202,7 @@ def test_no_test_row_is_a_training_or_dev_row(tmp_path):
         t.lines(tmp_path / f"{name}.jsonl", [{"text": name, "label": "a"}])
     t.lines(tmp_path / "test.jsonl", [{"text": text, "label": "a"} for text in ("train", "dev", "new")])
     (tmp_path / "made").mkdir()
-    recover.splits({"rows": {"make": "given", "train": 9, "dev": 9, "test": 9}}, tmp_path, tmp_path / "made")
+    recover_sets.splits({"rows": {"make": "given", "train": 9, "dev": 9, "test": 9}}, tmp_path, tmp_path / "made")
     assert [json.loads(x)["text"] for x in (tmp_path / "made" / "test.jsonl").read_text().splitlines()] == ["new"]
 
 
@@ -209,7 +210,7 @@ def test_more_rows_than_the_budget_are_refused(tmp_path):
     for name, count in (("train", 513), ("dev", 1), ("test", 1)):
         t.lines(tmp_path / f"{name}.jsonl", [{"text": f"{name} {i}", "label": "a"} for i in range(count)])
     with pytest.raises(ValueError, match="513 training rows; the budget is 512"):
-        recover.splits({"rows": {"make": "given", "train": 999, "dev": 1, "test": 1}}, tmp_path, tmp_path)
+        recover_sets.splits({"rows": {"make": "given", "train": 999, "dev": 1, "test": 1}}, tmp_path, tmp_path)
 
 
 def test_the_untuned_model_has_the_best_of_its_prompts(tmp_path):

@@ -72,7 +72,7 @@ def evaluate(
     adapter: Adapter = None,
     examples: Annotated[str | None, typer.Option(help="Rows that the examples of eval.shots are drawn from.")] = None,
     objective: Annotated[
-        str | None, typer.Option(help="sft, classify, cloze, choice, or YAML; left out: the run's.")
+        str | None, typer.Option(help="sft, classify, cloze, choice, tag, qa, or YAML; left out: the run's.")
     ] = None,
     set_: Sets = None,
     json_: Json = False,

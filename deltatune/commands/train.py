@@ -75,7 +75,9 @@ def train(
     config: Annotated[Path | None, typer.Argument(help="A YAML file; RUN/config.yaml repeats a run.")] = None,
     model: Annotated[str | None, typer.Option(help="Base model: folder, hub id or pypi:PACKAGE.")] = None,
     method: Annotated[str | None, typer.Option(help="A name, or YAML such as '{lora: {r: 16}}'.")] = None,
-    objective: Annotated[str | None, typer.Option(help="sft, classify, cloze, choice, or YAML with fields.")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="sft, classify, cloze, choice, tag, qa, or YAML with fields.")
+    ] = None,
     data: Annotated[list[str] | None, typer.Option(help="Training rows; repeatable.")] = None,
     eval_: Annotated[list[str] | None, typer.Option("--eval", help="Held-out rows; repeatable.")] = None,
     out: Out = None,

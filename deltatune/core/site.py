@@ -198,7 +198,7 @@ def named(model: nn.Module, target: str) -> list[str]:
 def no_match(model: nn.Module, target: str) -> str:
     """The error for a target that matches nothing: what there is, the nearest names, the way out."""
     leaves = sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)})
-    near = difflib.get_close_matches(target, [*CHOICES, *leaves], n=3, cutoff=0.5)
+    near = [n for n in difflib.get_close_matches(target, [*CHOICES, *leaves], n=3, cutoff=0.5) if n != target]
     hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
     stacked = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
     moe = f" (its experts are 3-D parameters such as {stacked[0]!r}, which no method adapts yet)" if stacked else ""
