@@ -165,12 +165,12 @@ def test_bitfit_trains_biases_and_nothing_else():
 
 @pytest.mark.parametrize(
     ("method", "layers"),
-    [(Freeze(last=1), {"1"}), (Freeze(first=1), {"0"}), (Freeze(), {"0", "1"}), (Freeze(last=1, first=1), {"0", "1"})],
+    [(Freeze(last=1), ["1"]), (Freeze(first=1), ["0"]), (Freeze(), ["0", "1"]), (Freeze(last=1, first=1), ["0", "1"])],
     ids=str,
 )
 def test_freeze_trains_blocks(method, layers):
     names = list(trainable(attach(tiny("llama"), method)))
-    assert {n.split(".")[2] for n in names} == layers
+    assert sorted({n.split(".")[2] for n in names}) == layers
     assert len(names) == 9 * len(layers)
 
 
