@@ -15,10 +15,8 @@ from .quant import scales as scales_of
 from .site import output_layer, reader, trunk
 
 SAMPLES = 1024  # values read per tensor: a second or two on 7 B parameters
-PIECES, CLOSE = (
-    8,
-    5e-3,
-)  # of a packed layer's scales: one 8-bit code of a scale that falls the other way moves a mean less
+# of a packed layer's scales: one 8-bit code of a scale that falls the other way moves a mean less
+PIECES, CLOSE = 8, 5e-3
 # what changes from load to load, or with the task's head, and never what the trunk computes
 VOLATILE = re.compile(
     r"_.*|vocab_size|dtype|torch_dtype|transformers_version|auto_map|architectures|attn_implementation|use_cache"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .delta import Dense, Refusal
+from .registry import choice
 from .site import Range, is_conv1d, put, take
 
 SCHEMES = ("nf4",)
@@ -193,8 +194,7 @@ def options(kind: str, dtype: torch.dtype, device: torch.device | str) -> dict[s
 
     Embeddings, norms, biases and heads stay in `dtype`. ValueError for another kind, NotInstalled without bitsandbytes.
     """
-    if kind not in SCHEMES:
-        raise ValueError(f"quant {kind!r}: choose from {', '.join(SCHEMES)}")
+    choice("quant", kind, SCHEMES)
     library()
     from transformers import BitsAndBytesConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,6 +18,7 @@ from .delta import Refusal
 from .site import block_of
 
 KINDS = ("linear", "rescale", "adapter", "attention", "embedding", "selective")
+EVERY = (0.0, math.inf)  # learning rates
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,7 @@ class Entry:
     identity: bool  # the adapted model equals the base before training
     source: str  # where the default settings come from: "r: paper, table 9; lr: swept: docs/evidence/methods.md"
     tiny: Mapping[str, Mapping[str, Any]]  # forms that tiny models can carry, by name ("": the method's own): for tests
-    lr_range: tuple[float, float] = (
-        0.0,
-        math.inf,
-    )  # lowest and highest learning rate that works; outside it: a warning
+    lr_range: tuple[float, float] = EVERY  # lowest and highest learning rate that works; outside it: a warning
     recipe: str = ""  # the preset that trains as the paper does
 
 
@@ -73,7 +71,7 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
     }
 
     def register(cls: type) -> type:
-        low, high = {**known, **facts}.get("lr_range", (0.0, math.inf))
+        low, high = {**known, **facts}.get("lr_range", EVERY)
         METHODS[name] = Entry(name, cls, paper, kind, **{**known, **facts, "lr_range": (float(low), float(high))})
         cls.method_name = name  # type: ignore[attr-defined]
         return cls
@@ -103,8 +101,9 @@ def finite(what: str, value: Any, above: float = -math.inf) -> None:
         raise ValueError(f"{what} must be a finite number{bound}, got {value!r}")
 
 
-def choice(what: str, value: Any, choices: Sequence[str]) -> None:
+def choice(what: str, value: Any, choices: Iterable[str]) -> None:
     """ValueError unless `value` is one of `choices`, with the nearest."""
+    choices = list(choices)
     if value not in choices:
         raise ValueError(f"{what} {value!r}: choose from {', '.join(choices)}.{nearest(str(value), choices)}")
 
@@ -164,7 +163,7 @@ def lr_range(name: str) -> tuple[float, float]:
     """Lowest and highest learning rate that works for a method or preset: its own, else what suits every part."""
     if name in METHODS:
         return METHODS[name].lr_range
-    preset = PRESETS.get(name, {"lr_range": (0.0, math.inf)})
+    preset = PRESETS.get(name, {"lr_range": EVERY})
     if "lr_range" in preset:
         return (float(preset["lr_range"][0]), float(preset["lr_range"][1]))
     ranges = [METHODS[part.method_name].lr_range for part in build(name)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.delta import Delta
-from ..core.registry import nearest, whole
+from ..core.registry import choice, whole
 
 DROPPED = "the matrices of its encoder are dropped at the end of the run"
 COMBINES = ("vote", "average")
@@ -18,8 +18,7 @@ COMMON = 5000  # sub-word vocabularies put frequent tokens first; the paper samp
 def check_several(who: str, count: int, combine: str, tasks: Sequence[str]) -> None:
     """ValueError unless `count` prompts (for each of `tasks`) can be combined so."""
     whole(f"{who} count", count)
-    if combine not in COMBINES:
-        raise ValueError(f"{who} combine {combine!r}: choose from {', '.join(COMBINES)}.{nearest(combine, COMBINES)}")
+    choice(f"{who} combine", combine, COMBINES)
     if isinstance(tasks, str) or any(not isinstance(t, str) or not t for t in tasks) or len(set(tasks)) < len(tasks):
         raise ValueError(f"{who} tasks must be different names, got {tasks!r}")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..core.delta import Delta
-from ..core.registry import finite, method, nearest, whole
+from ..core.registry import choice, finite, method, whole
 from ..core.site import Site, linear_at
 from .budget import Budget
 from .starts import check_dropout, sized
@@ -52,9 +52,7 @@ class AdaLoRA:
             raise ValueError(f"AdaLoRA r={self.r} is above init_r={self.init_r}: ranks only shrink on average")
         finite("AdaLoRA alpha", self.alpha, above=0)
         check_dropout("AdaLoRA", self.dropout)
-        if self.penalty not in PENALTIES:
-            near = nearest(str(self.penalty), PENALTIES)
-            raise ValueError(f"AdaLoRA penalty {self.penalty!r}: choose from {', '.join(PENALTIES)}.{near}")
+        choice("AdaLoRA penalty", self.penalty, PENALTIES)
         for name in ("gamma", "beta1", "beta2", "tinit", "tfinal", "delta_t"):
             value = getattr(self, name)
             finite(f"AdaLoRA {name}", value)
@@ -65,6 +63,5 @@ class AdaLoRA:
         budget = Budget(self.r, (self.tinit, self.tfinal, self.delta_t))
         for site in linear_at(model, self.targets, "AdaLoRA"):
             made = Triplets(*sized(model, site, self.init_r, "AdaLoRA init_r"), self, budget)
-            made.unpruned = "AdaLoRA moves its ranks as it trains"
             budget.members.append(made)
             yield site, made

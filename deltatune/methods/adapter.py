@@ -9,7 +9,7 @@ from torch import nn
 
 from ..core.delta import Delta
 from ..core.inplace import pick
-from ..core.registry import finite, flag, method, nearest, whole
+from ..core.registry import choice, finite, flag, method, whole
 from ..core.site import Site, block_ends, block_of, find, is_norm, lowest, norms_above, spans, widths
 from ._bottleneck import ACTS, INITS, BeforeNorm, Bottleneck, Shape
 
@@ -59,9 +59,7 @@ class Adapter:
         whole("Adapter skip", self.skip, least=0)
         chosen = [("form", self.form, FORMS), ("act", self.act, ACTS), ("init", self.init, INITS)]
         for what, value, choices in [*chosen, *(("where", place, ENDS) for place in self.where)]:
-            if value not in choices:
-                near = nearest(str(value), list(choices))
-                raise ValueError(f"Adapter {what} {value!r}: choose from {', '.join(choices)}.{near}")
+            choice(f"Adapter {what}", value, choices)
         if self.form == "parallel" and "block" in self.where:
             raise ValueError("Adapter form 'parallel' with where 'block': a block's output has nothing beside it")
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..core.attention import Heads, Seen, attention_modules, heads
 from ..core.delta import Delta
-from ..core.registry import flag, method, nearest, whole
+from ..core.registry import choice, flag, method, whole
 from ..core.routing import hidden_size
 from ..core.site import Site, trunk
 from ._keys_values import KeysValues, Root, activations
@@ -51,11 +51,8 @@ class Prefix:
         whole("Prefix length", self.length)
         whole("Prefix hidden", self.hidden)
         flag("Prefix offset_positions", self.offset_positions)
-        for value, choices, what in ((self.init, INITS, "init"), (self.reparam, REPARAMS, "reparam")):
-            if value not in choices:
-                raise ValueError(
-                    f"Prefix {what} {value!r}: choose from {', '.join(choices)}.{nearest(str(value), choices)}"
-                )
+        choice("Prefix init", self.init, INITS)
+        choice("Prefix reparam", self.reparam, REPARAMS)
         if (self.init == "words") != bool(self.words or self.ids):
             raise ValueError(f"Prefix init 'words' needs words, and only it: init {self.init!r}, words {self.words!r}")
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..core.delta import Delta, Dense, Given
 from ..core.quant import dense
-from ..core.registry import finite, method, nearest, whole
+from ..core.registry import choice, finite, method, whole
 from ..core.site import Site, linear_at
 from ..core.sparse import gradients, keep, mean_gradient, thin
 
@@ -42,8 +42,7 @@ class Select:
         finite("Select density", self.density, above=0)
         if self.density > 1:
             raise ValueError(f"Select density is the share that trains, 0 < density <= 1, got {self.density!r}")
-        if self.by not in BY:
-            raise ValueError(f"Select by {self.by!r}: choose from {', '.join(BY)}.{nearest(str(self.by), BY)}")
+        choice("Select by", self.by, BY)
         whole("Select rows", self.rows)
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:

@@ -16,6 +16,7 @@ from .budget import NAMES, Budget, observe
 class Triplets(Delta):
     """lora_B = P [d_out, r] and lora_A = Q [r, d_in] start small and random, lora_E = lambda [r, 1] zero."""
 
+    unpruned = "AdaLoRA moves its ranks as it trains"
     kept: Tensor
     rank = property(lambda self: self.lora_A.shape[0])
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..core.delta import Refusal
+from ..core.registry import choice
 from ..data.batch import Batch
 from ..data.encode import IGNORE, Encoded, Encoding, edges, label_names, target
 from ..data.example import Example
@@ -47,8 +48,7 @@ class Choice:
     def __post_init__(self) -> None:
         pairs = self.labels.items() if isinstance(self.labels, Mapping) else self.labels
         object.__setattr__(self, "labels", tuple((str(k), str(v)) for k, v in pairs))
-        if self.rank not in ("mean", "sum"):
-            raise ValueError(f"choice rank {self.rank!r}: choose from mean, sum")
+        choice("choice rank", self.rank, ("mean", "sum"))
         for name in ("unlikelihood", "length_normalised"):
             value = getattr(self, name)
             if isinstance(value, bool) or not 0 <= value < float("inf"):

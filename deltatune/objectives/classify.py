@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ..core.attention import packed, positions
 from ..core.delta import Refusal
+from ..core.registry import choice
 from ..core.site import head_modules, trunk
 from ..core.vocabulary import vocabulary
 from ..data.batch import Batch
@@ -42,8 +43,7 @@ class Classify:
     task_head = True
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"classify kind {self.kind!r}: choose from {', '.join(get_args(Kind))}")
+        choice("classify kind", self.kind, get_args(Kind))
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(self.labels))
 
