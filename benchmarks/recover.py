@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 import tempfile
@@ -28,15 +27,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 
 import deltatune
 from deltatune.config import Config, resolve
 from deltatune.core.registry import METHODS, PRESETS, default_lr
+from deltatune.evaluate.generate import evaluating
 from deltatune.evaluate.incontext import Prompt, Search, best_untuned
 from deltatune.evaluate.intervals import Interval, mean_difference
 from deltatune.evaluate.metrics import find
-from deltatune.evaluate.score import score
+from deltatune.evaluate.score import answered, predict, score
 from deltatune.train.job import prepare
 from deltatune.train.run import Clock, execute
 from deltatune.train.sets import read
@@ -171,9 +172,9 @@ def trained(task: Table, method: Any, cell: Cell, folder: Path) -> dict[str, Row
 
 def measured(metric: str, job: Any, file: Path) -> Row:
     """The tuned model's score on one split."""
-    scored = score(job, read([str(file)], job.config, []), (metric,))
-    loss = round(scored.loss, 5) if math.isfinite(scored.loss) else None
-    return {**compact(metric, scored.predictions, scored.references), "loss": loss}
+    rows, wanted = answered(job, read([str(file)], job.config, []))
+    with evaluating(job.model), torch.no_grad():
+        return compact(metric, predict(job, rows)[0], wanted)
 
 
 def untuned(task: Table, cell: Cell, folder: Path) -> Row:
