@@ -92,12 +92,21 @@ class Store:
 
 def recipe(table: Table, cell: Cell) -> str:
     """The digest of everything in the table that a cell's outcome depends on."""
-    task = dict(table["tasks"].get(cell.task, {}))
+    task = task_of(table, cell)
     prompts = task.pop("prompts", None)
     method = table["methods"].get(cell.method, {}).get("method")
     method = PRESETS[method]["method"] if isinstance(method, str) and method in PRESETS else method
     what = [task, prompts] if cell.phase == "base" else [task, method]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def task_of(table: Table, cell: Cell) -> Table:
+    """A cell's task; where its method has a template, that asks the rows (virtual tokens stand where it says)."""
+    task, own = dict(table["tasks"].get(cell.task, {})), table["methods"].get(cell.method, {}).get("template")
+    if own is None:
+        return task
+    ((name, options),) = task["objective"].items()
+    return {**task, "objective": {name: {**options, "template": own}}}
 
 
 def settings(task: Table, method: Any, cell: Cell, folder: Path) -> Config:
@@ -276,7 +285,7 @@ def work(store: Store, data: Path, only: Sequence[str], hours: float) -> None:
         digests = {}
         for name in only or entries(store):
             for cell in wanted(store, name):
-                task, folder = based(store.table["tasks"][cell.task], data), Path(place) / cell.task
+                task, folder = based(task_of(store.table, cell), data), Path(place) / cell.task
                 if cell.task not in digests:
                     folder.mkdir()
                     digests[cell.task] = splits(task, data, folder)

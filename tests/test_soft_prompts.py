@@ -21,6 +21,7 @@ from deltatune.core.store import prompt_sets, state
 from deltatune.data.batch import pad, side_by_side
 from deltatune.data.encode import Encoded
 from deltatune.methods import METHODS, build
+from deltatune.methods._rows import sampled
 from deltatune.objectives.common import combined
 from models import inputs, tiny
 from test_methods import bert, fill, llama_3b
@@ -187,9 +188,29 @@ def test_uniform_is_within_half():
     assert rows.std().item() == pytest.approx(12**-0.5, rel=0.03)  # of U(-0.5, 0.5)
 
 
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_a_prefix_starts_at_words_sampled_from_the_vocabulary(family):
+    """Random keys take the place of the attention that real first tokens draw: SmolLM2 never recovered from them."""
+    model = tiny(family)
+    torch.manual_seed(3)
+    ids = tuple(i for (i,) in sampled(model.get_input_embeddings(), 5))
+    torch.manual_seed(3)
+    ours = deltas(attach(model, Prefix(5), "ours"), "ours")
+    theirs = deltas(attach(model, Prefix(5, init="words", ids=ids), "theirs"), "theirs")
+    assert all(torch.equal(a.k, b.k) and torch.equal(a.v, b.v) for a, b in zip(ours, theirs, strict=True))
+    assert len(set(ids)) == 5
+
+
+@pytest.mark.parametrize("family", ["vit", "clip", "whisper"])
+def test_a_prefix_of_a_model_without_words_starts_at_random(family):
+    torch.manual_seed(0)
+    found = deltas(attach(tiny(family), Prefix(60)))
+    assert {round(delta.k.std().item(), 2) for delta in found} == {0.02}
+
+
 def test_a_random_prefix_is_drawn_small():
     torch.manual_seed(0)
-    for delta in deltas(attach(tiny("llama"), Prefix(60))):
+    for delta in deltas(attach(tiny("llama"), Prefix(60, init="random"))):
         assert delta.k.std().item() == pytest.approx(0.02, rel=0.1)
         assert delta.v.std().item() == pytest.approx(0.02, rel=0.1)
 
@@ -444,7 +465,7 @@ MISTAKES = [
     (Prompt, {"init": "labels", "labels": "good"}, "labels a list of words: got '' and 'good'"),
     (Prompt, {"init": "text", "text": 5}, "Prompt text is a text, labels a list of words: got 5"),
     (Prompt, {"ids": ((3,),)}, "Prompt ids start an init text or labels, not 'vocab', which reads none"),
-    (Prefix, {"init": "word"}, "Prefix init 'word': choose from random, words. Did you mean 'words'"),
+    (Prefix, {"init": "word"}, "Prefix init 'word': choose from vocab, words, random. Did you mean 'words'"),
     (Prefix, {"reparam": "lstm"}, "Prefix reparam 'lstm': choose from none, mlp"),
     (Prefix, {"hidden": 0}, "Prefix hidden must be a whole number >= 1, got 0"),
     (Prefix, {"init": "words"}, "init 'words' needs words"),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.attention import Seen, keys_values
 from ..core.delta import Delta, Refusal
-from ..core.site import embedding
+from ..core.site import embedding, towers
 
 
 class Root(nn.Module):
@@ -83,10 +83,15 @@ def front(own: Tensor, kept: Tensor) -> Tensor:
     return torch.cat([own.to(kept.dtype).expand(kept.shape[0], -1, -1, -1), kept], 2)
 
 
+def reads_words(model: Any) -> bool:
+    """Whether token ids alone are an input of `model`."""
+    return isinstance(model.get_submodule(embedding(model)), nn.Embedding) and not towers(model)
+
+
 def activations(model: Any, ids: Sequence[int]) -> Seen:
     """module -> keys and values [kv_heads, length, head_dim] of token `ids`, from one pass through the base."""
     name = embedding(model)
-    if not isinstance(model.get_submodule(name), nn.Embedding):
+    if not reads_words(model):
         raise Refusal(
             "a prefix cannot start from words in a model that reads none.",
             found=f"{name}: {type(model.get_submodule(name)).__name__}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +91,7 @@ class Rows(Delta):
         super().take_form(tensors)
 
 
-def sampled(layer: nn.Embedding, count: int) -> list[tuple[int, ...]]:
+def sampled(layer: Any, count: int) -> list[tuple[int, ...]]:
     """`count` ids drawn from the common ones with torch's global generator, each once while they last."""
     common = min(COMMON, layer.num_embeddings)
     ids = [int(i) for _ in range(-(-count // common)) for i in torch.randperm(common, device="cpu")]

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attention import Heads, Seen, attention_modules, heads
-from ..core.delta import Delta
+from ..core.delta import Delta, blank
 from ..core.registry import choice, flag, method, whole
 from ..core.routing import hidden_size
-from ..core.site import Site, trunk
-from ._keys_values import KeysValues, Root, activations
+from ..core.site import Site, embedding, trunk
+from ._keys_values import KeysValues, Root, activations, reads_words
+from ._rows import sampled
 
-INITS = ("random", "words")
+INITS = ("vocab", "words", "random")
 REPARAMS = ("none", "mlp")
 
 
@@ -34,14 +35,16 @@ class Prefix:
     """Learned keys and values in front of every layer's own. Parameters: 2 layers kv_heads length head_dim.
 
     `offset_positions`: real tokens of a causal model stand after the prefix (as in peft); off, they keep their places.
-    init "words": the base's own keys and values of `words`, repeated or cut to `length`; "random": N(0, 0.02).
+    Starts at the base's own keys and values, which leave its attention in order: init "words": of `words`, repeated or
+    cut to `length`; "vocab": of words sampled from the 5,000 commonest tokens (a model that reads no words starts as
+    "random"); "random": N(0, 0.02).
     reparam "mlp": trained as an MLP of `hidden` units over l d inputs (one for each stack of an encoder-decoder, and
     one for cross-attention), dropped at the end of the run; without it `hidden` says nothing.
     """
 
     length: int = 20
     offset_positions: bool = True
-    init: str = "random"
+    init: str = "vocab"
     words: str = ""
     reparam: str = "none"
     hidden: int = 512
@@ -87,8 +90,10 @@ class Prefix:
 
     def start(self, model: nn.Module) -> Seen:
         """module -> the keys and values to start from; {} for random ones."""
-        if self.init != "words":
-            return {}
-        if not self.ids:
+        if self.init == "words" and not self.ids:
             raise ValueError("Prefix words are not token ids yet: attach(model, Prefix(...).bind(tokenizer))")
-        return activations(model, [self.ids[i % len(self.ids)] for i in range(self.length)])
+        random = self.init == "random" or (self.init == "vocab" and not reads_words(model))
+        if random or blank() or next(model.parameters()).is_meta:
+            return {}
+        ids = self.ids or [i for (i,) in sampled(model.get_submodule(embedding(model)), self.length)]
+        return activations(model, [ids[i % len(ids)] for i in range(self.length)])
