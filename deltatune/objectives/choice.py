@@ -17,6 +17,7 @@ from ..data.batch import Batch
 from ..data.encode import IGNORE, Encoded, Encoding, edges, label_names, target
 from ..data.example import Example
 from ..data.problems import BadRow
+from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler
 from .classify import refuse_mixed, spelled
 from .cloze import parsed
@@ -59,6 +60,11 @@ class Choice:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.labels)  # type: ignore[str-unpack]
+
+    @property
+    def wants(self) -> Wanted:
+        """What it reads of a row."""
+        return parsed(self.template).wants(LABELS)
 
     def fit(self, examples: Sequence[Example]) -> Choice:
         """Rows without choices of their own: without answer texts, the class names themselves are the answers."""

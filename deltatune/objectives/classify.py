@@ -23,6 +23,7 @@ from ..data.check import mixed_labels
 from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
 from ..data.problems import Problems
+from ..data.wanted import LABELS, Wanted
 from .common import class_head, combined, exact, load, name_classes, run
 
 Kind = Literal["auto", "single", "multi", "regression"]
@@ -41,6 +42,7 @@ class Classify:
     name = "classify"
     packs = False
     task_head = True
+    wants = Wanted(answer=LABELS)
 
     def __post_init__(self) -> None:
         choice("classify kind", self.kind, get_args(Kind))

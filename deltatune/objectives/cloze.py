@@ -15,6 +15,7 @@ from ..core.delta import Refusal
 from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding, label_names, target
 from ..data.example import Example
+from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler, Template
 from .classify import refuse_mixed, spelled
 from .common import combined, exact, kept_logits, language_class, load, needs_words
@@ -53,6 +54,11 @@ class Cloze:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.pairs)
+
+    @property
+    def wants(self) -> Wanted:
+        """What it reads of a row."""
+        return parsed(self.template).wants(LABELS)
 
     def fit(self, examples: Sequence[Example]) -> Cloze:
         """Without label words, the class names themselves are the words."""

@@ -104,9 +104,14 @@ MASKED = ("bert", "roberta", "distilbert", "electra", "modernbert", "albert", "d
 
 def kind_of(model: Any) -> str:
     """'seq2seq', 'masked' or 'causal'."""
-    if model.config.is_encoder_decoder:
+    return family(model.config)
+
+
+def family(config: Any) -> str:
+    """`kind_of` a model of this configuration."""
+    if config.is_encoder_decoder:
         return "seq2seq"
-    return "causal" if getattr(model.config, "is_decoder", False) or model.config.model_type not in MASKED else "masked"
+    return "causal" if getattr(config, "is_decoder", False) or config.model_type not in MASKED else "masked"
 
 
 def needs_words(model: Any, objective: str) -> None:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.delta import Refusal
+from ..core.registry import whole
 from ..core.site import head_modules
 from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding, Reading
 from ..data.example import Example
 from ..data.places import answered
+from ..data.wanted import ANSWERS, Wanted
 from .common import exact, load, run
 
 Part = tuple[Tensor, Reading]  # scores [prompts, 2, seq] of one window, and how its tokens lie in the context
@@ -39,12 +41,11 @@ class QA:
     packs = False
     task_head = True
     metrics = ("squad_f1", "squad_exact")
+    wants = Wanted(answer=ANSWERS)
 
     def __post_init__(self) -> None:
         for name in ("longest", "doc_stride"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"qa {name} must be a whole number >= 1, got {value!r}")
+            whole(f"qa {name}", getattr(self, name))
 
     def has(self, example: Example) -> bool:
         """Whether the row has what is learned."""

@@ -15,6 +15,7 @@ from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding
 from ..data.example import Example
 from ..data.places import tagged
+from ..data.wanted import TAGS, Wanted
 from .common import combined, load, name_classes, run, token_loss
 
 OUTSIDE = "O"
@@ -33,6 +34,7 @@ class Tag:
     packs = False
     task_head = True
     metrics = ("span_f1", "tag_accuracy")
+    wants = Wanted(answer=TAGS)
 
     def __post_init__(self) -> None:
         if self.labels is not None:
