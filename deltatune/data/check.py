@@ -159,8 +159,9 @@ def check(
         if tokenizer is not None:
             _encode(found, tokenizer, how, report)
     except ValueError as error:  # of the set as a whole: too few classes, words that are several tokens
-        fix = "Correct the rows or the objective"
-        report.problems.retract(BadRow("objective", str(ref), "", str(error), fix))
+        if not report.problems.errors:  # else it may be for want of the rows that are refused already
+            fix = "Correct the rows or the objective"
+            report.problems.retract(BadRow("objective", str(ref), "", str(error), fix))
         how = replace(how, goal=None)
     if eval_ref is not None:
         report.held = Problems()

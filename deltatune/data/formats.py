@@ -15,7 +15,7 @@ from .labelled import MAX_TEXT, PAIRS, SINGLE, TRANSCRIPTS, first
 from .problems import BadRow, Problems, nearest, short
 from .readers import Row
 from .sources import read
-from .wanted import LABELS, TAGS, Intake, Wanted
+from .wanted import AS_IT_COMES, LABELS, TAGS, Intake, Wanted
 
 __all__ = ["FORMATS", "Example", "Label", "Turn", "convert", "examples", "load", "sniff"]
 
@@ -294,7 +294,7 @@ def convert(row: Row, format: str | None = None) -> Example:
     return example
 
 
-def attempt(row: Row, format: str, how: Intake = Intake()) -> tuple[Example, list[BadRow]]:
+def attempt(row: Row, format: str, how: Intake = AS_IT_COMES) -> tuple[Example, list[BadRow]]:
     """(example, faults): the example only counts when there are no faults."""
     faults, wanted = Faults(row.where), how.wanted
     form, value = (own(wanted), row.columns) if format == OWN else (FORMATS[format], row.value)
@@ -305,7 +305,9 @@ def attempt(row: Row, format: str, how: Intake = Intake()) -> tuple[Example, lis
     side = {name: row.value[name] for name in SIDE if name in row.value}
     example = Example(**{**vars(example), "extra": {**side, **example.extra}, "row": row.columns})
     if not (faults or format == OWN or example.turns or example.media):  # these say with their tokens what they lack
-        faults += [wanted.unread(row.where, name, row.columns) for name in wanted.columns if not _readable(example, name)]
+        faults += [
+            wanted.unread(row.where, name, row.columns) for name in wanted.columns if not _readable(example, name)
+        ]
     return example, faults
 
 
@@ -315,7 +317,7 @@ def _readable(example: Example, name: str) -> bool:
 
 def _lacking(row: Row, missing: Sequence[str], how: Intake) -> list[BadRow]:
     """What a row lacks of the columns that a template names, and of the answer."""
-    wanted, columns, turned = how.wanted, row.columns, how.turned(row.value)
+    wanted, columns, turned = how.wanted, row.columns, how.turned(row)
     faults = [wanted.unread(row.where, name, columns, turned) for name in missing if name in wanted.columns]
     told = "|".join(wanted.answer) not in missing
     return faults if told else [*faults, wanted.untold(row.where, columns, turned)]
@@ -331,7 +333,7 @@ def _lacks(row: Row, format: str, missing: Sequence[str]) -> BadRow:
     return BadRow("missing_field", row.where, missing[0], reason, f"Add it.{nearest(missing[0], list(row.value))}")
 
 
-def unknown(row: Row, how: Intake = Intake()) -> BadRow:
+def unknown(row: Row, how: Intake = AS_IT_COMES) -> BadRow:
     """No format has these columns: what was found, the nearest format and what it lacks."""
     columns = [str(name) for name in row.value]
     if not columns:
@@ -345,7 +347,8 @@ def unknown(row: Row, how: Intake = Intake()) -> BadRow:
     reason = (
         f"no known format has the columns {short(columns)}; the nearest is {name!r}, which lacks {', '.join(missing)}"
     )
-    fix = f"Rename them (columns: {{yours: known}}) or choose a format: {', '.join(FORMATS)}.{like}{how.turned(row.value)}"
+    like += how.turned(row)
+    fix = f"Rename them (columns: {{yours: known}}) or choose a format: {', '.join(FORMATS)}.{like}"
     if not set(columns) & _KNOWN and not all(c.isidentifier() for c in columns):
         fix = f"If the file has no header line, name its columns (columns: [text, label]). {fix}"
     return BadRow("unknown_columns", row.where, "", reason, fix)
@@ -360,7 +363,7 @@ def _distance(form: Format, columns: Sequence[str]) -> float:
 _KNOWN = {name for form in FORMATS.values() for name in form.columns}
 
 
-def examples(ref: str | Path, problems: Problems, how: Intake = Intake()) -> Iterator[Example]:
+def examples(ref: str | Path, problems: Problems, how: Intake = AS_IT_COMES) -> Iterator[Example]:
     """Examples of a reference; each file's format is told by its first known row, or given.
 
     Afterwards `problems.seen == problems.good + problems.bad`, and `problems.refuse()` raises what is wrong.
@@ -372,7 +375,7 @@ def examples(ref: str | Path, problems: Problems, how: Intake = Intake()) -> Ite
     yield from converted(read(ref, problems, how.columns), problems, how)
 
 
-def converted(rows: Iterable[Row], problems: Problems, how: Intake = Intake()) -> Iterator[Example]:
+def converted(rows: Iterable[Row], problems: Problems, how: Intake = AS_IT_COMES) -> Iterator[Example]:
     """Rows, their columns renamed, -> examples, counting what cannot be used."""
     found: dict[str, str] = {}
     for row in map(how.taken, rows):
@@ -393,7 +396,8 @@ def converted(rows: Iterable[Row], problems: Problems, how: Intake = Intake()) -
 
 
 def _tell(file: str, name: str, row: Row, problems: Problems, wanted: Wanted) -> None:
-    problems.note(f"{file}: read as {name!r} from its columns {', '.join(map(str, row.value))}")
+    how = "as the template names its columns" if name == OWN else f"as {name!r} from its columns"
+    problems.note(f"{file}: read {how} {', '.join(map(str, wanted.columns if name == OWN else row.value))}")
     used = {*wanted.columns, *(wanted.answer if name == OWN else FORMATS[name].columns), *SIDE}
     unused = [str(column) for column in row.value if column not in used]
     if unused:
@@ -401,7 +405,7 @@ def _tell(file: str, name: str, row: Row, problems: Problems, wanted: Wanted) ->
         problems.note(f"{file}: these columns are not used: {', '.join(unused)}{hint}")
 
 
-def load(ref: str | Path, how: Intake = Intake(), skip_bad: bool = False) -> tuple[list[Example], Problems]:
+def load(ref: str | Path, how: Intake = AS_IT_COMES, skip_bad: bool = False) -> tuple[list[Example], Problems]:
     """All examples of a reference. Errors: one ValueError with every problem, unless `skip_bad` (then counted)."""
     problems = Problems()
     found = list(examples(ref, problems, how))

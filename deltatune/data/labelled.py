@@ -1,4 +1,4 @@
-"""Rows that say one thing of a text, picture or sound: classes, tags, answers, transcripts; and a template's columns."""
+"""Rows that say one thing of a text, picture or sound: classes, tags, answers; and rows as a template reads them."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def answered(value: Mapping[str, Any], faults: Faults) -> Example:
 
 
 def templated(wanted: Wanted, value: Mapping[str, Any], faults: Faults) -> Example:
-    """The columns that a template names, and the answer; the text (or prompt) of the row is all of them, a line each."""
+    """The columns that a template names, and the answer; the row's text (or prompt) is all of them, a line each."""
     said: dict[str, str] = {}
     for name in wanted.columns:
         if isinstance(value[name], int | float):
@@ -121,9 +121,10 @@ def templated(wanted: Wanted, value: Mapping[str, Any], faults: Faults) -> Examp
     if not faults and not whole:
         fix = "Write a text, or leave the row out"
         faults.add("empty_field", ", ".join(said), "every column that the template reads is empty", fix)
-    parts = {name: said[name] for name in PARTS if name in said}
+    own, pair, asked = (said.get(name) for name in PARTS)
     mark = next((name for name in wanted.answer if name in value), "")
     if mark in LABELS:
-        return Example(faults.where, **{"text": whole, **parts}, label=marked(value, faults))
-    answer = text(value[mark], mark, faults) if mark else None
-    return Example(faults.where, **{"prompt": whole, **parts}, completion=answer)
+        own = whole if own is None else own
+        return Example(faults.where, text=own, text_pair=pair, prompt=asked, label=marked(value, faults))
+    answer, asked = text(value[mark], mark, faults) if mark else None, whole if asked is None else asked
+    return Example(faults.where, text=own, text_pair=pair, prompt=asked, completion=answer)

@@ -20,7 +20,7 @@ from .problems import BadRow, Problems
 from .readers import Row, json_row
 from .sources import read, renamed
 from .streams import container, extension, peek
-from .wanted import Intake
+from .wanted import AS_IT_COMES, Intake
 
 BLOCK = 4096
 CHUNK = 1 << 20
@@ -87,7 +87,7 @@ def stream(
     problems: Problems,
     order: Order | None = None,
     start: int = 0,
-    how: Intake = Intake(),
+    how: Intake = AS_IT_COMES,
 ) -> Iterator[Sample]:
     """Examples of one epoch from position `start`; every row exactly once. Bad rows are counted and move the cursor.
 
@@ -112,9 +112,7 @@ def seekable(path: Path) -> bool:
         return False
 
 
-def _sought(
-    shards: Sequence[Shard], problems: Problems, order: Order, start: int, how: Intake
-) -> Iterator[Sample]:
+def _sought(shards: Sequence[Shard], problems: Problems, order: Order, start: int, how: Intake) -> Iterator[Sample]:
     blocks = [(shard, k) for shard in shards for k in range(len(shard.offsets))]
     formats = {shard.path: _format(shard.path, how) for shard in shards}
     cursor = 0
@@ -171,9 +169,7 @@ def _example(line: bytes, where: str, problems: Problems, format: str | None, ho
     return example
 
 
-def _sequential(
-    paths: Sequence[Path], problems: Problems, order: Order, start: int, how: Intake
-) -> Iterator[Sample]:
+def _sequential(paths: Sequence[Path], problems: Problems, order: Order, start: int, how: Intake) -> Iterator[Sample]:
     """Blocks in the files' order, each shuffled; what precedes `start` is read, but neither checked nor encoded."""
     cursor = start // order.block * order.block
     rows = islice((row for path in paths for row in read(path, problems, how.columns)), cursor, None)

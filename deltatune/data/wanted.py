@@ -28,10 +28,11 @@ class Wanted:
         """The fault of a row whose column `name`, which the template reads, is missing or no text. have: its columns;
         more: a hint."""
         value = have.get(name)
+        kind = "missing_field" if value is None else "data_type"
         why = "this row does not have it" if value is None else f"it is no text here: {short(value)}"
         names = [str(column) for column in have]
         fix = f"Its columns: {', '.join(names)}.{more or nearest(name, names)}"
-        return BadRow("missing_field", where, name, f"the template {self.template!r} reads it, and {why}", fix)
+        return BadRow(kind, where, name, f"the template {self.template!r} reads it, and {why}", fix)
 
     def untold(self, where: str, have: Mapping[str, Any], more: str = "") -> BadRow:
         """The fault of a row without the column that is learned."""
@@ -39,6 +40,9 @@ class Wanted:
         like = more or nearest(name, names, 0.6) or f" Name yours: data.columns: {{yours: {name}}}"
         reason = f"it is what the objective learns, and this row does not have it (columns {', '.join(names)})"
         return BadRow("missing_field", where, name, reason, f"Add it.{like}")
+
+
+NOTHING = Wanted()
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,13 @@ class Intake:
 
     format: str | None = None
     columns: Sequence[str] | Mapping[str, str] = ()
-    wanted: Wanted = Wanted()
+    wanted: Wanted = NOTHING
     asks: bool = False
 
     def __post_init__(self) -> None:
-        told = next((old for old, new in self.names.items() if new in self.wanted.answer and old in self.wanted.columns), "")
+        told = next(
+            (old for old, new in self.names.items() if new in self.wanted.answer and old in self.wanted.columns), ""
+        )
         if told:
             raise ValueError(
                 f"template {self.wanted.template!r}: {{{told}}} would tell the answer, which data.columns takes from "
@@ -81,8 +87,12 @@ class Intake:
         value, given = ({k: v for k, v in part.items() if k not in hidden} for part in (row.value, row.given))
         return replace(row, value=value, given=given)
 
-    def turned(self, columns: Mapping[str, Any]) -> str:
+    def turned(self, row: Row) -> str:
         """' Did you mean ...?' where `columns` seems to be written the wrong way round for a row, or nothing."""
+        columns = row.given or row.value
         pairs = [(old, new) for old, new in self.names.items() if old not in columns and new in columns]
         said = ", ".join(f"{new}: {old}" for old, new in pairs)
         return f" Did you mean columns: {{{said}}}? The left side is the column in your file" if pairs else ""
+
+
+AS_IT_COMES = Intake()

@@ -11,7 +11,7 @@ from ..data.encode import Encoded
 from ..data.example import Example
 from ..data.problems import Problems
 from ..data.stream import Order, stream
-from ..data.wanted import Intake
+from ..data.wanted import AS_IT_COMES, Intake
 from .sampler import Cursor
 
 Encode = Callable[[Sequence[Example]], list[Encoded]]
@@ -28,7 +28,7 @@ class Source:
 
     refs: tuple[str, ...]
     encode: Encode
-    how: Intake = Intake()
+    how: Intake = AS_IT_COMES
     seed: int = 0
 
     def rows(self, epoch: int, start: int) -> Iterator[tuple[int, Encoded]]:
