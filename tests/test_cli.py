@@ -37,7 +37,8 @@ before = dict(os.environ)
 from deltatune.cli import main
 import deltatune, deltatune.config
 assert dict(os.environ) == before, "importing changed the environment"
-names = "methods schema runs train resume eval predict generate merge export extract chat doctor data".split() + ["data check"]
+names = "methods schema runs train resume eval predict generate merge export extract chat doctor data".split()
+names += ["data check"]
 lines = [[*name.split(), "--help"] for name in names]
 lines += [["--help"], [], ["methods", "--json"], ["schema", "--json"], ["runs"], ["train", "none.yaml"]]
 lines += [["train", "--model", "x"], ["methods", "lora"]]

@@ -43,7 +43,13 @@ READ = [  # template, objective, row -> (what the template reads of it, label, c
     (CLOZE, {**ROW, "text": None, "prompt": "p"}, ["the film", "was nice"], "pos", None),  # what is not named
     (Cloze("{year} {title} <mask>"), {**ROW, "year": 1990}, ["1990", "the film"], "pos", None),
     (Cloze("{title} {text} <mask>"), {**ROW, "text": "x"}, ["the film", "x"], "pos", None),
-    (Cloze("{title} {text} <mask>"), {**ROW, "review": "x"}, ["the film", "x"], "pos", None),  # a text by its other name
+    (
+        Cloze("{title} {text} <mask>"),
+        {**ROW, "review": "x"},
+        ["the film", "x"],
+        "pos",
+        None,
+    ),  # a text by its other name
     (SFT(template="{title}: {text}"), {"title": "a", "text": "b", "output": "c"}, ["a", "b"], None, "c"),
     (SFT(template="{instruction} {output}"), {"instruction": "a", "output": "b", "answer": "c"}, ["a", "b"], None, "c"),
 ]
@@ -136,7 +142,9 @@ def test_a_run_its_check_its_resume_and_its_evaluation_read_the_same_rows(tmp_pa
     model = t.masked_model(tmp_path / "bert")
     rows, held = own_rows(tmp_path / "a.jsonl", "category"), own_rows(tmp_path / "e.jsonl", "category", 4)
     more = {"data": {"columns": {"category": "label"}, "ood": {"far": held}}, "objective": BLOCK}
-    made = t.config(model, rows, held, **more, train={"steps": 2, "batch_rows": 4, "batch_tokens": None, "save_every": 1})
+    made = t.config(
+        model, rows, held, **more, train={"steps": 2, "batch_rows": 4, "batch_tokens": None, "save_every": 1}
+    )
     done = run(made, out=tmp_path / "run")
     assert done.status == "done"
     assert call("resume", tmp_path / "run").exit_code == 0

@@ -179,7 +179,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("given", "said"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("given", "said"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_what_cannot_be_asked_says_why(made, monkeypatch, given, said):
     monkeypatch.chdir(made)
     if not Path("llama").exists():

@@ -156,7 +156,9 @@ def generate(
         raise ValueError("give --prompt TEXT or --data FILE, one of them")
     reads = chosen(set_, READING).data
     loaded, tokenizer, record = opened(model, adapter)
-    asked: list[Any] = prompts_of(data, {**record, **reading(record, reads)}) if data is not None else list(prompt or ())
+    asked: list[Any] = (
+        prompts_of(data, {**record, **reading(record, reads)}) if data is not None else list(prompt or ())
+    )
     from deltatune.evaluate.generate import Decoding, answers
 
     chat = bool(getattr(tokenizer, "chat_template", None)) and not (raw or record.get("plain"))

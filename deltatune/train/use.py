@@ -140,11 +140,11 @@ def evaluate_file(
     if shown is not None:
         unread(job)
     told(job, "data", examples)
-    scored = score(job, examples) if shown is None else few_shot(job, examples, read([shown], config, notes))
+    scored = score(job, examples) if shown is None else few_shot(job, examples, read([shown], config, job.notes))
     found = {"rows": len(examples), **scored.numbers, "intervals": known_bounds(intervals(scored))}
     if section.retention and "retention" in section.model_fields_set:
         found["retention"] = kept(job)
-    return found | {"notes": notes}
+    return found | {"notes": job.notes}
 
 
 def configured(record: Mapping[str, Any], ref: str = "rows") -> Config:
