@@ -249,6 +249,9 @@ def test_the_active_adapter_answers():
     for name in ("first", "second"):
         activate(model, name)
         said.append(predict(model, goal, TEXTS, tokenizer=WORDS))
+    with disabled(model):
+        base = predict(model, goal, TEXTS, tokenizer=WORDS)
+    assert base not in said
     assert said[0] != said[1]
 
 
@@ -266,3 +269,33 @@ READERS = [
 @pytest.mark.parametrize(("one", "said"), READERS)
 def test_a_terminal_gets_a_line_of_words(one, said):
     assert words(one) == said
+
+
+# ---- other models and rows -------------------------------------------------------------------------------------------
+def test_prompts_of_tasks_answer_their_own_rows(tmp_path):
+    model = t.masked_model(tmp_path / "bert")
+    rows = [{"text": said, "label": "xy"[i % 2], "task": "ab"[i % 2]} for i, said in enumerate(TEXTS[:4])]
+    method = {"prompt": {"length": 2, "tasks": ["a", "b"]}}
+    file = t.lines(tmp_path / "rows.jsonl", rows)
+    run(t.config(model, file, file, objective="classify", method=method, train=SHORT), out=tmp_path / "run")
+    opened, tokenizer, _ = open_adapted(str(model), tmp_path / "run/adapter")
+    stir(opened, "default", 0)
+    by_column = predict(opened, None, [{"text": "good", "task": task} for task in "ab"], tokenizer=tokenizer)
+    by_name = [predict(opened, None, ["good"], tokenizer=tokenizer, task=task)[0] for task in "ab"]
+    for one, other in zip(by_column, by_name, strict=True):
+        assert one["scores"] == pytest.approx(other["scores"], rel=1e-5)
+    assert by_name[0]["scores"] != pytest.approx(by_name[1]["scores"], rel=1e-4)
+    with pytest.raises(ValueError, match=r"row:1.*no task is named; there are prompts for a, b"):
+        predict(opened, None, ["good"], tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(("make", "labels"), [(t.chat_model, "xy"), (t.seq2seq_model, "xy")])
+def test_decoders_and_encoder_decoders_classify_alone_as_together(tmp_path, make, labels):
+    model = make(tmp_path / "model")
+    file = t.lines(tmp_path / "rows.jsonl", [{"text": s, "label": labels[i % 2]} for i, s in enumerate(TEXTS)])
+    run(t.config(model, file, file, objective="classify", train=SHORT), out=tmp_path / "run")
+    opened, tokenizer, _ = open_adapted(str(model), tmp_path / "run/adapter")
+    together = predict(opened, None, TEXTS, tokenizer=tokenizer)
+    for text, one in zip(TEXTS, together, strict=True):
+        (alone,) = predict(opened, None, [text], tokenizer=tokenizer)
+        assert alone["scores"] == pytest.approx(one["scores"], rel=1e-3)
