@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deltatune.data.formats import examples
 from deltatune.data.problems import Problems
+from deltatune.data.wanted import Intake
 
 KNOWN = {  # files whose columns have no header, or names of their own
     "banking77/train.csv": {"category": "label"},
@@ -30,7 +31,7 @@ def main() -> None:
         name = path.relative_to(root).as_posix()
         problems = Problems()
         kinds: dict[str, int] = {}
-        for example in examples(path, problems, columns=KNOWN.get(name, ())):
+        for example in examples(path, problems, Intake(columns=KNOWN.get(name, ()))):
             kinds[example.kind] = kinds.get(example.kind, 0) + 1
         first = str(problems.errors[0]).replace(str(root), "").lstrip("/")[:110] if problems.errors else ""
         print(f"| {name} | {problems.seen} | {problems.good} | {', '.join(kinds)} | {first.replace('|', '/')} |")

@@ -16,6 +16,7 @@ _ROOMS = {
     "deltatune.core.convert": ("extract", "to_lora", "export_lora"),
     "deltatune.core.store": ("save", "load", "virtual_ids", "add_tokens"),
     "deltatune.data.media": ("keep_rows",),
+    "deltatune.train.predict": ("predict",),
     "deltatune.objectives": ("SFT", "Choice", "Classify", "Cloze", "Tag", "QA"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

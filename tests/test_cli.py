@@ -37,7 +37,8 @@ before = dict(os.environ)
 from deltatune.cli import main
 import deltatune, deltatune.config
 assert dict(os.environ) == before, "importing changed the environment"
-names = "methods schema runs train resume eval generate merge export extract chat doctor data".split() + ["data check"]
+names = "methods schema runs train resume eval predict generate merge export extract chat doctor data".split()
+names += ["data check"]
 lines = [[*name.split(), "--help"] for name in names]
 lines += [["--help"], [], ["methods", "--json"], ["schema", "--json"], ["runs"], ["train", "none.yaml"]]
 lines += [["train", "--model", "x"], ["methods", "lora"]]
@@ -61,7 +62,7 @@ def test_help_and_everything_cheap_load_no_torch():
 
 def test_every_command_is_there():
     text = call("--help").output
-    named = "methods data train resume eval generate chat merge export extract runs doctor schema"
+    named = "methods data train resume eval predict generate chat merge export extract runs doctor schema"
     for name in named.split():
         assert f" {name} " in text
     assert "OMP_WAIT_POLICY=PASSIVE" in text

@@ -8,6 +8,7 @@ from deltatune.data.example import Example, Turn
 from deltatune.data.formats import FORMATS, convert, examples, load, sniff
 from deltatune.data.problems import BadRow, Problems
 from deltatune.data.readers import Row
+from deltatune.data.wanted import Intake
 
 USER, SAID = Turn("user", "Hi"), Turn("assistant", "Yo")
 CHAT = (USER, SAID)
@@ -104,9 +105,9 @@ def test_every_format_is_in_the_table():
 def test_a_given_format_wins(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "Hi", "label": "pos"}\n')
-    assert next(examples(path, Problems(), "text")) == Example(f"{path}:1", text="Hi")
+    assert next(examples(path, Problems(), Intake("text"))) == Example(f"{path}:1", text="Hi")
     with pytest.raises(ValueError, match=r"unknown format 'mesages'; choose from .* Did you mean 'messages'\?"):
-        next(examples(path, Problems(), "mesages"))
+        next(examples(path, Problems(), Intake("mesages")))
 
 
 def test_the_format_is_that_of_the_first_row(tmp_path):

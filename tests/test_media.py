@@ -375,6 +375,9 @@ def test_pictures_are_classified_from_the_command_line_and_the_adapter_is_used_a
     assert again["accuracy"] == 1.0
     assert again["loss"] == pytest.approx(measured["after"]["loss"], abs=1e-6)
     assert call("data", "check", rows, "--model", model).stdout.count("16 usable (16 classification)")
+    bare = t.lines(tmp_path / "d" / "bare.jsonl", [{"image": f"{i}.png"} for i in range(4)])
+    asked = json.loads(call("predict", "--adapter", tmp_path / "run", "--data", bare, "--json").stdout)
+    assert [one["label"] for one in asked["predictions"]] == ["dark", "bright"] * 2
 
 
 def test_a_classifier_of_other_classes_gets_a_new_head(tmp_path):

@@ -47,7 +47,7 @@ def test_numbers_that_are_missing_are_a_dash_and_failures_are_told():
 def test_other_objectives_and_no_evaluation_rows():
     text = shown({"objective": "classify", "measured_on": "train"})
     assert "deltatune chat" not in text
-    assert "deltatune runs" in text
+    assert "deltatune predict --adapter" in text
     assert "as there are no evaluation rows" in text
 
 

@@ -59,6 +59,13 @@ def opened(model: str | None, adapter: Path | None, objective: Any = None) -> tu
     return open_adapted(ref, folder, objective)
 
 
+def asked_for(objective: str | None) -> dict[str, dict[str, Any]] | None:
+    """The block that `--objective` means; None where it was left out. Raises ConfigError."""
+    if objective is None:
+        return None
+    return load({"model": "any", "data": "any", "objective": read_value(objective)}).config.objective
+
+
 def reading(record: dict[str, Any], data: Any) -> dict[str, Any]:
     """How rows are read: as `--set data.format` and `data.columns` say, else as the adapter's run recorded."""
     said = {key: getattr(data, key) for key in READ if key in data.model_fields_set}
@@ -83,11 +90,7 @@ def evaluate(
         raise ValueError(
             "examples in the prompt need both: --set eval.shots=N and --examples FILE, the rows they are from"
         )
-    wanted = None
-    if objective is not None:
-        tree = {"model": "any", "data": "any", "objective": read_value(objective)}
-        wanted = load(tree).config.objective
-    loaded, tokenizer, record = opened(model, adapter, wanted)
+    loaded, tokenizer, record = opened(model, adapter, asked_for(objective))
     from deltatune.train.run import evaluate_file
 
     record |= reading(record, config.data)
@@ -104,15 +107,16 @@ def evaluate(
 
 
 def prompts_of(ref: str, record: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
-    """The rows of a data reference as examples; every row that cannot be used is named with its line."""
-    from deltatune.data.formats import examples
-    from deltatune.data.problems import Problems
+    """The rows of a data reference as examples; every row that cannot be used is named with its line. `record`: of the
+    adapter that they are for, whose template is filled with their columns; an answer they need not have."""
+    from deltatune.data.formats import load as rows_of
     from deltatune.data.sources import task_of
+    from deltatune.data.wanted import Intake
+    from deltatune.objectives import build
 
-    problems, (task, file) = Problems(), task_of(ref)
-    found = list(examples(file, problems, record.get("format"), record.get("columns", ())))
-    problems.refuse()
-    return [replace(row, extra={**row.extra, "task": task}) for row in found] if task else found
+    (task, file), wanted = task_of(ref), build(record.get("objective") or "sft").wants
+    how = Intake(record.get("format"), record.get("columns", ()), replace(wanted, answer=()))
+    return [row.in_task(task) for row in rows_of(file, how)[0]]
 
 
 def question(example: Any) -> str:
@@ -152,7 +156,9 @@ def generate(
         raise ValueError("give --prompt TEXT or --data FILE, one of them")
     reads = chosen(set_, READING).data
     loaded, tokenizer, record = opened(model, adapter)
-    asked: list[Any] = prompts_of(data, reading(record, reads)) if data is not None else list(prompt or ())
+    asked: list[Any] = (
+        prompts_of(data, {**record, **reading(record, reads)}) if data is not None else list(prompt or ())
+    )
     from deltatune.evaluate.generate import Decoding, answers
 
     chat = bool(getattr(tokenizer, "chat_template", None)) and not (raw or record.get("plain"))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from deltatune.commands.adapted import READING
+from deltatune.commands.adapted import READING, asked_for
 from deltatune.commands.methods import Json
 from deltatune.commands.shell import BAD_INPUT, emit, machine, main, screen
 from deltatune.commands.train import Sets, chosen
@@ -28,18 +28,29 @@ def check(
     file: Annotated[str, typer.Argument(help="File, folder, - (standard input), hub id or pypi: reference.")],
     model: Annotated[str | None, typer.Option(help="Count tokens and show the loss mask with its tokenizer.")] = None,
     eval_: Annotated[str | None, typer.Option("--eval", help="Look for rows of this set in the training set.")] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="Check the rows as this objective of a run reads them: a name, or YAML with its template."),
+    ] = None,
     max_length: Annotated[int, typer.Option(min=2, help="train.max_length of the run to come.")] = MAX_LENGTH,
     set_: Sets = None,
     json_: Json = False,
 ) -> None:
     """Say what was inferred, what is wrong and where, and how long the rows are."""
-    reads = chosen(set_, READING).data
+    reads, block = chosen(set_, READING).data, asked_for(objective)
     from deltatune.data.check import Encoding, Reading
     from deltatune.data.check import check as look
+    from deltatune.data.wanted import Intake, Wanted
 
-    tokenizer, encoding = None, Encoding()
+    goal = None
+    if block is not None:
+        from deltatune.objectives import build
+
+        goal = build(block)
+    tokenizer, encoding, kind = None, Encoding(), "causal"
     if model is not None:
         from deltatune.data.media import reader
+        from deltatune.objectives.common import family
         from deltatune.train.lengths import places
         from deltatune.train.opening import model_config, open_tokenizer
         from deltatune.zoo import model_path
@@ -47,8 +58,10 @@ def check(
         path = model_path(model)
         tokenizer, about = open_tokenizer(path), model_config(path)
         room = min(max_length, places(about) or max_length)
-        encoding = Encoding(max_length=room, decoder=bool(about.is_encoder_decoder), media=reader(about))
-    how = Reading(None if reads.format == "auto" else reads.format, reads.columns, encoding)
+        decoder = bool(about.is_encoder_decoder) and not getattr(goal, "task_head", False)
+        encoding, kind = Encoding(max_length=room, decoder=decoder, media=reader(about)), family(about)
+    intake = Intake(reads.format, reads.columns, goal.wants if goal else Wanted())
+    how = Reading(intake, encoding, goal, kind)
     report = look(file, tokenizer, eval_, how)
     if machine():
         emit(report.to_json())

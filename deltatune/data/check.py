@@ -5,15 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .encode import Encoded, Encoder, Encoding, label_names, number_of
+from .encode import Encoded, Encoding, encoder, label_names, number_of
 from .example import Example
 from .formats import examples
 from .problems import BadRow, Problem, Problems, short, split
+from .wanted import Intake
 
 NGRAM, HASHES, BANDS = 5, 16, 4  # 4 bands of 4: two texts with Jaccard 0.9 meet in 98 % of cases, with 0.5 in 23 %
 PRIME = (1 << 61) - 1
@@ -109,11 +110,30 @@ class Report:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a set is read: an explicit format, names for its columns, and how rows become tokens."""
+    """How a set is read, and how rows become tokens: as the objective `goal` makes them for a model of that `kind`
+    ('seq2seq', 'masked' or 'causal'), or without one by what they hold."""
 
-    format: str | None = None
-    columns: Sequence[str] | Mapping[str, str] = ()
+    intake: Intake = field(default_factory=Intake)
     encoding: Encoding = field(default_factory=Encoding)
+    goal: Any = None
+    kind: str = "causal"
+
+    def fitted(self, found: Sequence[Example], tokenizer: Any) -> Reading:
+        """With what the rows decide of the goal (class names, ...). ValueError where it cannot learn them."""
+        if self.goal is None or not found:
+            return self
+        goal = self.goal.fit(found)
+        binds = tokenizer is not None and hasattr(goal, "bind")
+        return replace(self, goal=goal.bind(tokenizer, self.kind) if binds else goal)
+
+    def rows(self, example: Example, tokenizer: Any, names: Sequence[str]) -> list[Encoded]:
+        """The rows of an example as tokens; those of forms that only an objective knows are left out without one."""
+        if self.goal is not None:
+            return self.goal.encode(example, tokenizer, self.encoding)
+        if example.kind == "classification":
+            return [encoder(tokenizer, self.encoding).classified(example, names)]
+        known = example.kind in ("chat", "pair", "text", "transcription")
+        return encoder(tokenizer, self.encoding).all(example) if known else []
 
 
 def check(
@@ -122,7 +142,7 @@ def check(
     """Read a whole set (and `eval_ref`, for leakage) and say what it is. Errors in the data are in the report."""
     how = how or Reading()
     report = Report(str(ref), Problems())
-    found = list(_watched(examples(ref, report.problems, how.format, how.columns), report))
+    found = list(_watched(examples(ref, report.problems, how.intake), report))
     faults = mixed_labels(found)
     for fault in faults:
         report.problems.retract(fault)
@@ -134,11 +154,18 @@ def check(
     seen = Seen()
     for example in found:
         _duplicates(example, seen, report)
-    if tokenizer is not None:
-        _encode(found, tokenizer, how.encoding, report)
+    try:
+        how = how.fitted(found, tokenizer)
+        if tokenizer is not None:
+            _encode(found, tokenizer, how, report)
+    except ValueError as error:  # of the set as a whole: too few classes, words that are several tokens
+        if not report.problems.errors:  # else it may be for want of the rows that are refused already
+            fix = "Correct the rows or the objective"
+            report.problems.retract(BadRow("objective", str(ref), "", str(error), fix))
+        how = replace(how, goal=None)
     if eval_ref is not None:
         report.held = Problems()
-        leaked = _leaks(eval_ref, how, seen, report)
+        leaked = _leaks(eval_ref, how, seen, report, tokenizer)
         _demand_rows(report.held, eval_ref)
         report.leaked = None if report.held.errors else leaked
     _demand_rows(report.problems, ref)
@@ -286,11 +313,16 @@ def _duplicates(example: Example, seen: Seen, report: Report) -> None:
         seen.bands.setdefault(band, example.where)
 
 
-def _leaks(eval_ref: str | Path, how: Reading, seen: Seen, report: Report) -> Pairs:
+def _leaks(eval_ref: str | Path, how: Reading, seen: Seen, report: Report, tokenizer: Any) -> Pairs:
     """Evaluation rows whose question is in the training set; what is wrong with them joins `report.held`."""
     leaked, problems = Pairs(), report.held or Problems()
     names = set(report.labels)
-    for example in examples(eval_ref, problems, how.format, how.columns):
+    for example in examples(eval_ref, problems, how.intake):
+        try:  # a row that a run could not measure is an error of it
+            how.rows(example, tokenizer, ()) if how.goal is not None and tokenizer is not None else None
+        except BadRow as fault:
+            problems.retract(fault)
+            continue
         question = asked(example)
         earlier = seen.asked.get(_digest(_words(question), question))
         if earlier:
@@ -308,15 +340,16 @@ def _is_score(names: Iterable[str]) -> bool:
     return any("." in name for name in names)
 
 
-def _encode(found: Sequence[Example], tokenizer: Any, options: Encoding, report: Report) -> None:
-    encoder = Encoder(tokenizer, options)
+def _encode(found: Sequence[Example], tokenizer: Any, how: Reading, report: Report) -> None:
+    coder = encoder(tokenizer, how.encoding)
+    cut, lost = coder.truncated, coder.lost_tokens
     names = label_names(e for e in found if e.kind == "classification")
     lengths: list[int] = []
     learned = 0
     for example in found:
         _control_tokens(example, tokenizer, report)
         try:
-            rows = _rows(example, encoder, names)
+            rows = how.rows(example, tokenizer, names)
         except BadRow as fault:
             report.problems.retract(fault)
             continue
@@ -324,8 +357,8 @@ def _encode(found: Sequence[Example], tokenizer: Any, options: Encoding, report:
         learned += sum(row.targets if row.labels else 1 for row in rows)
         if report.sample is None and rows:
             report.sample = Sample(example.where, pieces(rows[0], tokenizer))
-    report.tokens = _statistics(lengths, learned, encoder)
-    report.notes += encoder.notes
+    report.tokens = _statistics(lengths, learned, (coder.truncated - cut, coder.lost_tokens - lost))
+    report.notes += coder.notes
 
 
 def _control_tokens(example: Example, tokenizer: Any, report: Report) -> None:
@@ -336,14 +369,6 @@ def _control_tokens(example: Example, tokenizer: Any, report: Report) -> None:
         fix = "Remove it, or write it differently, unless it is meant"
         reason = f"the text holds the special token {found!r}"
         report.problems.warn(BadRow("control_token", example.where, "", reason, fix))
-
-
-def _rows(example: Example, encoder: Encoder, names: Sequence[str]) -> list[Encoded]:
-    if example.kind == "classification":
-        return [encoder.classified(example, names)]
-    if example.kind in ("chat", "pair", "text", "transcription"):
-        return encoder.all(example)
-    return []  # preference and prompt-only rows are encoded by their objectives
 
 
 def pieces(row: Encoded, tokenizer: Any) -> list[tuple[str, bool]]:
@@ -365,9 +390,8 @@ def _text(ids: Sequence[int], tokenizer: Any) -> str:
     return (f"[{virtual} virtual tokens]" if virtual else "") + tokenizer.decode(real)
 
 
-def _statistics(lengths: list[int], learned: int, encoder: Encoder) -> Tokens:
+def _statistics(lengths: list[int], learned: int, cut: tuple[int, int]) -> Tokens:
     ordered = sorted(lengths) or [0]
     shortest, median, p95, longest = (ordered[int(q * (len(ordered) - 1))] for q in (0, 0.5, 0.95, 1))
     spread = {"shortest": shortest, "median": median, "p95": p95, "longest": longest}
-    cut = {"truncated": encoder.truncated, "lost": encoder.lost_tokens}
-    return Tokens(len(lengths), sum(lengths), learned, **spread, **cut)
+    return Tokens(len(lengths), sum(lengths), learned, **spread, truncated=cut[0], lost=cut[1])

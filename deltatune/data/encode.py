@@ -168,14 +168,14 @@ class Encoder:
 
     def __call__(self, example: Example) -> Encoded:
         """One row for one example. A text longer than max_length is cut; `all` makes windows of it."""
-        if example.media is not None or self.options.media is not None:
+        if self.senses(example):
             return self.transcribed(example)
         ids, labels = self.decoder_row(example) if self.options.decoder else self.row(example)
         return self.finish(ids, labels, example.where)
 
     def all(self, example: Example) -> list[Encoded]:
         """Every row of an example: windows of a long text; one row a turn where a template drops earlier reasoning."""
-        if example.media is not None or self.options.media is not None:
+        if self.senses(example):
             return [self(example)]
         if not self.options.decoder and example.turns and self.options.train_on == "assistant":
             turns = self.chat.fitted(example.turns, example.tools, example.where)
@@ -263,7 +263,7 @@ class Encoder:
 
         Virtual ids stand after the leading special tokens: an encoder's head reads the first token, which stays [CLS].
         """
-        if example.media is not None or self.options.media is not None:
+        if self.senses(example):
             return Encoded(
                 (), None, target(example.label, names, example.where), where=example.where, **self.seen(example)
             )
@@ -300,6 +300,10 @@ class Encoder:
         ids = self.tokenizer(prompt, verbose=False)["input_ids"]
         labels = self.tokenizer(text_target=answer, verbose=False)["input_ids"]
         return ids, labels if labels[-1:] == [self.eos] else [*labels, self.eos]
+
+    def senses(self, example: Example) -> bool:
+        """Whether row or model is of pictures or sounds; `seen` refuses those of unlike kinds."""
+        return example.media is not None or self.options.media is not None
 
     def seen(self, example: Example) -> dict[str, Any]:
         """How a row's picture or sound is read. BadRow where row and model are of different kinds."""

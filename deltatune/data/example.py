@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +13,7 @@ KINDS = (
     ("chosen", "preference"), ("desirable", "unpaired"), ("completions", "stepwise"), ("tags", "tagging"),
     ("answers", "answers"),
 )  # fmt: skip
+PARTS = ("text", "text_pair", "prompt")  # what every format calls so, whatever the column's own name
 Label = str | int | float | tuple | None
 
 
@@ -77,6 +78,15 @@ class Example:
     def task(self) -> str | None:
         """The task it belongs to, where one is named."""
         return None if self.extra.get("task") is None else str(self.extra["task"])
+
+    def in_task(self, task: str | None) -> Example:
+        """The row as one of `task`; as it is where none is named."""
+        return replace(self, extra={**self.extra, "task": task}) if task else self
+
+    def column(self, name: str) -> Any:
+        """What the row has under a name: one of its PARTS, or a column as it came; None where it has none."""
+        value = getattr(self, name) if name in PARTS else None
+        return self.row.get(name) if value is None else value
 
     @property
     def learns(self) -> bool:

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .example import Example, Label, Turn
-from .fields import Faults, conversation, label, messages, text, unpacked, what
-from .media import media
+from . import labelled as by
+from .example import PARTS, Example, Label, Turn
+from .fields import Faults, conversation, messages, text, unpacked, what
+from .labelled import MAX_TEXT, PAIRS, SINGLE, TRANSCRIPTS, first
 from .problems import BadRow, Problems, nearest, short
 from .readers import Row
 from .sources import read
+from .wanted import AS_IT_COMES, LABELS, TAGS, Intake, Wanted
 
 __all__ = ["FORMATS", "Example", "Label", "Turn", "convert", "examples", "load", "sniff"]
 
-MAX_TEXT = 64_000_000
-PAIRS = (
-    ("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
-    ("question", "passage"), ("question", "sentence"), ("text1", "text2"),
-)  # fmt: skip
-SINGLE = ("text", "sentence", "review", "content")
-LABELS = ("label", "labels")
-TRANSCRIPTS = ("text", "transcript", "transcription", "sentence", "completion")
-TAGS = ("tags", "ner_tags", "labels")
 SIDE = ("id", "idx", "source", "weight", "choices", "task")  # columns that travel along without a note
 
 
@@ -36,18 +30,14 @@ class Format:
     may: tuple[str, ...]
     convert: Callable[[Mapping[str, Any], Faults], Example]
 
-    def missing(self, columns: Iterable[str]) -> list[str]:
+    def missing(self, columns: Iterable[str], left: Sequence[str] = ()) -> list[str]:
+        """The groups of which no column is there; those that are all among `left` need none."""
         found = set(columns)
-        return ["|".join(group) for group in self.needs if not found & set(group)]
+        return ["|".join(group) for group in self.needs if not found & set(group) and not set(group) <= set(left)]
 
     @property
     def columns(self) -> set[str]:
         return {name for group in self.needs for name in group} | set(self.may)
-
-
-def first(value: Mapping[str, Any], names: Sequence[str]) -> str:
-    """The first of the names that the row has."""
-    return next((name for name in names if name in value), names[0])
 
 
 def _messages(value: Mapping[str, Any], faults: Faults) -> Example:
@@ -181,81 +171,6 @@ def _text(value: Mapping[str, Any], faults: Faults) -> Example:
     return Example(faults.where, text=text(value[name], name, faults, limit=MAX_TEXT))
 
 
-def _classified(value: Mapping[str, Any], faults: Faults) -> Example:
-    mark = first(value, LABELS)
-    pair = next((pair for pair in PAIRS if pair[0] in value and pair[1] in value), None)
-    names = pair or (first(value, SINGLE),)
-    if names[0] not in value:
-        half = next(pair for pair in PAIRS if set(pair) & set(value))
-        missing = half[1] if half[0] in value else half[0]
-        faults.add("missing_field", missing, f"a pair of texts needs both: {' and '.join(half)}", "Add the other text")
-        return Example(faults.where)
-    texts = [text(value[name], name, faults) for name in names]
-    return Example(faults.where, text=texts[0], text_pair=texts[1] if pair else None, label=label(value[mark], faults))
-
-
-def _pictured(value: Mapping[str, Any], faults: Faults) -> Example:
-    found = media(value["image"], "image", faults)
-    return Example(faults.where, media=found, label=label(value[first(value, LABELS)], faults))
-
-
-def _sounded(value: Mapping[str, Any], faults: Faults) -> Example:
-    found = media(value["audio"], "audio", faults)
-    return Example(faults.where, media=found, label=label(value[first(value, LABELS)], faults))
-
-
-def _transcribed(value: Mapping[str, Any], faults: Faults) -> Example:
-    name = first(value, TRANSCRIPTS)
-    return Example(
-        faults.where, media=media(value["audio"], "audio", faults), completion=text(value[name], name, faults)
-    )
-
-
-def _untold(value: Mapping[str, Any], faults: Faults) -> Example:
-    kind = first(value, ("image", "audio"))
-    return Example(faults.where, media=media(value[kind], kind, faults))
-
-
-def _tagged(value: Mapping[str, Any], faults: Faults) -> Example:
-    name = first(value, TAGS)
-    words, tags = unpacked(value["tokens"]), unpacked(value[name])
-    for field, given in (("tokens", words), (name, tags)):
-        if not isinstance(given, list | tuple) or not given:
-            faults.add("data_type", field, f"it is {what(given)}: {short(given)}", "Write a list, one entry a word")
-            return Example(faults.where)
-    if len(words) != len(tags):
-        fix = "Give every word one tag"
-        faults.add("data_type", name, f"{len(tags)} tags for {len(words)} words", fix)
-    said = tuple(text(word, f"tokens[{i}]", faults) for i, word in enumerate(words))
-    spaced = next((i for i, word in enumerate(said) if any(c.isspace() for c in word)), None)
-    if spaced is not None:
-        faults.add("data_type", f"tokens[{spaced}]", f"{short(said[spaced])} holds a space", "One word a token")
-    marks = tuple(label(tag, faults, f"{name}[{i}]") for i, tag in enumerate(tags))
-    return Example(faults.where, text=" ".join(said), extra={"tokens": said, "tags": marks})
-
-
-def _answered(value: Mapping[str, Any], faults: Faults) -> Example:
-    """SQuAD: answers {"text": [...], "answer_start": [...]}, or a list of such pairs; empty: unanswerable."""
-    question, context = (text(value[name], name, faults, limit=MAX_TEXT) for name in ("question", "context"))
-    given, found = unpacked(value["answers"]), []
-    if isinstance(given, list) and all(isinstance(one, Mapping) for one in given):
-        given = {key: [one.get(key) for one in given] for key in ("text", "answer_start")}
-    texts, starts = (given.get(key) if isinstance(given, Mapping) else None for key in ("text", "answer_start"))
-    if not isinstance(texts, list | tuple) or not isinstance(starts, list | tuple) or len(texts) != len(starts):
-        fix = 'Write {"text": ["..."], "answer_start": [0]}'
-        faults.add("data_type", "answers", f"not two lists of one length: {short(given)}", fix)
-        return Example(faults.where)
-    for i, (said, start) in enumerate(zip(texts, starts, strict=True)):
-        if not isinstance(start, int) or not isinstance(said, str) or not said or start < 0:
-            faults.add("data_type", f"answers[{i}]", f"{short(said)} at {short(start)}", "Write a text and its start")
-        elif context[start : start + len(said)] != said:
-            reason = f"the context has {short(context[start : start + len(said)])} at {start}, not {short(said)}"
-            faults.add("answer_lost", f"answers[{i}]", reason, "Correct answer_start (in characters, from 0)")
-        else:
-            found.append((said, start))
-    return Example(faults.where, text=question, text_pair=context, extra={"answers": tuple(found)})
-
-
 def _preference(value: Mapping[str, Any], faults: Faults) -> Example:
     """TRL, alpaca with ranked answers, ms-swift's rejected_response, LLaMA-Factory's ranking."""
     turns, prompt = _asked(value, faults)
@@ -324,29 +239,48 @@ FORMATS: dict[str, Format] = {
     "alpaca": Format((("instruction",), ("output", "response")), ("input", "system", "history", "kto_tag"), _alpaca),
     "unpaired": Format((("prompt",), ("completion",), ("label", "kto_tag")), (), _unpaired),
     "stepwise": Format((("prompt",), ("completions",), ("labels",)), (), _stepwise),
-    "tagging": Format((("tokens",), TAGS), (), _tagged),
-    "question_answering": Format((("question",), ("context",), ("answers",)), ("title",), _answered),
+    "tagging": Format((("tokens",), TAGS), (), by.tagged),
+    "question_answering": Format((("question",), ("context",), ("answers",)), ("title",), by.answered),
     "prompt_completion": Format((("prompt",), ("completion",)), ("tools",), _pair(("prompt", "completion"))),
     "query_response": Format(
         (("query", "question", "prompt"), ("response", "answer")), (),
         _pair(*((q, r) for q in ("query", "question", "prompt") for r in ("response", "answer"))),
     ),
-    "image_classification": Format((("image",), LABELS), (), _pictured),
-    "audio_classification": Format((("audio",), LABELS), (), _sounded),
-    "transcription": Format((("audio",), TRANSCRIPTS), (), _transcribed),
+    "image_classification": Format((("image",), LABELS), (), by.labelled("image")),
+    "audio_classification": Format((("audio",), LABELS), (), by.labelled("audio")),
+    "transcription": Format((("audio",), TRANSCRIPTS), (), by.transcribed),
     "classification": Format(
-        ((*SINGLE, *(pair[0] for pair in PAIRS)), LABELS), tuple(pair[1] for pair in PAIRS), _classified
+        ((*SINGLE, *(pair[0] for pair in PAIRS)), LABELS), tuple(pair[1] for pair in PAIRS), by.classified
     ),
     "prompt": Format((("prompt",),), ("tools",), _prompt),
     "text": Format((("text", "content"),), (), _text),
-    "media": Format((("image", "audio"),), (), _untold),
+    "media": Format((("image", "audio"),), (), by.untold),
 }  # fmt: skip
 
 
-def sniff(columns: Iterable[str]) -> str | None:
-    """The name of the format that has these columns, or None."""
+OWN = "template"  # the format of rows whose columns a template names
+
+
+def own(wanted: Wanted) -> Format:
+    """The format of rows as a template reads them: the columns that it names, and the answer."""
+    return Format((*((name,) for name in wanted.columns), wanted.answer), (), partial(by.templated, wanted))
+
+
+def sniff(columns: Iterable[str], left: Sequence[str] = ()) -> str | None:
+    """The name of the known format that has these columns, or None. left: columns that it need not have."""
     found = list(columns)
-    return next((name for name, form in FORMATS.items() if not form.missing(found)), None)
+    return next((name for name, form in FORMATS.items() if not form.missing(found, left)), None)
+
+
+def format_of(row: Row, how: Intake) -> str | None:
+    """The name of a row's format: as given; OWN where every column that a template names is there, or no known
+    format's are; else the first known one whose columns are there."""
+    if how.format not in (None, "auto"):
+        return how.format
+    known, named = sniff(row.value, how.left), set(how.wanted.columns)
+    if named and (named <= set(row.columns) or (known is None and not named <= set(PARTS))):
+        return OWN
+    return known
 
 
 def convert(row: Row, format: str | None = None) -> Example:
@@ -360,17 +294,33 @@ def convert(row: Row, format: str | None = None) -> Example:
     return example
 
 
-def attempt(row: Row, format: str) -> tuple[Example, list[BadRow]]:
+def attempt(row: Row, format: str, how: Intake = AS_IT_COMES) -> tuple[Example, list[BadRow]]:
     """(example, faults): the example only counts when there are no faults."""
-    faults = Faults(row.where)
-    form = FORMATS[format]
-    missing = form.missing(row.value)
-    if missing:
-        faults.append(_lacks(row, format, missing))
+    faults, wanted = Faults(row.where), how.wanted
+    form, value = (own(wanted), row.columns) if format == OWN else (FORMATS[format], row.value)
+    if missing := form.missing(value, how.left):
+        faults += _lacking(row, missing, how) if format == OWN else [_lacks(row, format, missing)]
         return Example(row.where), faults
-    example = form.convert(row.value, faults)
+    example = form.convert(value, faults)
     side = {name: row.value[name] for name in SIDE if name in row.value}
-    return Example(**{**vars(example), "extra": {**side, **example.extra}, "row": row.value}), faults
+    example = Example(**{**vars(example), "extra": {**side, **example.extra}, "row": row.columns})
+    if not (faults or format == OWN or example.turns or example.media):  # these say with their tokens what they lack
+        faults += [
+            wanted.unread(row.where, name, row.columns) for name in wanted.columns if not _readable(example, name)
+        ]
+    return example, faults
+
+
+def _readable(example: Example, name: str) -> bool:
+    return isinstance(example.column(name), str | int | float)
+
+
+def _lacking(row: Row, missing: Sequence[str], how: Intake) -> list[BadRow]:
+    """What a row lacks of the columns that a template names, and of the answer."""
+    wanted, columns, turned = how.wanted, row.columns, how.turned(row)
+    faults = [wanted.unread(row.where, name, columns, turned) for name in missing if name in wanted.columns]
+    told = "|".join(wanted.answer) not in missing
+    return faults if told else [*faults, wanted.untold(row.where, columns, turned)]
 
 
 def _lacks(row: Row, format: str, missing: Sequence[str]) -> BadRow:
@@ -383,7 +333,7 @@ def _lacks(row: Row, format: str, missing: Sequence[str]) -> BadRow:
     return BadRow("missing_field", row.where, missing[0], reason, f"Add it.{nearest(missing[0], list(row.value))}")
 
 
-def unknown(row: Row) -> BadRow:
+def unknown(row: Row, how: Intake = AS_IT_COMES) -> BadRow:
     """No format has these columns: what was found, the nearest format and what it lacks."""
     columns = [str(name) for name in row.value]
     if not columns:
@@ -397,6 +347,7 @@ def unknown(row: Row) -> BadRow:
     reason = (
         f"no known format has the columns {short(columns)}; the nearest is {name!r}, which lacks {', '.join(missing)}"
     )
+    like += how.turned(row)
     fix = f"Rename them (columns: {{yours: known}}) or choose a format: {', '.join(FORMATS)}.{like}"
     if not set(columns) & _KNOWN and not all(c.isidentifier() for c in columns):
         fix = f"If the file has no header line, name its columns (columns: [text, label]). {fix}"
@@ -412,37 +363,31 @@ def _distance(form: Format, columns: Sequence[str]) -> float:
 _KNOWN = {name for form in FORMATS.values() for name in form.columns}
 
 
-def examples(
-    ref: str | Path,
-    problems: Problems,
-    format: str | None = None,
-    columns: Sequence[str] | Mapping[str, str] = (),
-) -> Iterator[Example]:
+def examples(ref: str | Path, problems: Problems, how: Intake = AS_IT_COMES) -> Iterator[Example]:
     """Examples of a reference; each file's format is told by its first known row, or given.
 
     Afterwards `problems.seen == problems.good + problems.bad`, and `problems.refuse()` raises what is wrong.
     """
-    format = None if format == "auto" else format
-    if format is not None and format not in FORMATS:
+    if how.format not in (None, "auto", *FORMATS):
         raise ValueError(
-            f"unknown format {format!r}; choose from {', '.join(FORMATS)}.{nearest(format, list(FORMATS))}"
+            f"unknown format {how.format!r}; choose from {', '.join(FORMATS)}.{nearest(how.format, list(FORMATS))}"
         )
-    yield from converted(read(ref, problems, columns), problems, format)
+    yield from converted(read(ref, problems, how.columns), problems, how)
 
 
-def converted(rows: Iterable[Row], problems: Problems, format: str | None = None) -> Iterator[Example]:
-    """Rows -> examples, counting what cannot be used."""
+def converted(rows: Iterable[Row], problems: Problems, how: Intake = AS_IT_COMES) -> Iterator[Example]:
+    """Rows, their columns renamed, -> examples, counting what cannot be used."""
     found: dict[str, str] = {}
-    for row in rows:
+    for row in map(how.taken, rows):
         file = row.where.rpartition(":")[0]
-        name = format or found.get(file) or sniff(row.value)
+        name = found.get(file) or format_of(row, how)
         if name is None:
-            problems.reject([unknown(row)])
+            problems.reject([unknown(row, how)])
             continue
         if file not in found:
             found[file] = name
-            _tell(file, name, row, problems)
-        example, faults = attempt(row, name)
+            _tell(file, name, row, problems, how.wanted)
+        example, faults = attempt(row, name, how)
         if faults:
             problems.reject(faults)
         else:
@@ -450,22 +395,20 @@ def converted(rows: Iterable[Row], problems: Problems, format: str | None = None
             yield example
 
 
-def _tell(file: str, name: str, row: Row, problems: Problems) -> None:
-    problems.note(f"{file}: read as {name!r} from its columns {', '.join(map(str, row.value))}")
-    unused = [str(column) for column in row.value if column not in FORMATS[name].columns and column not in SIDE]
+def _tell(file: str, name: str, row: Row, problems: Problems, wanted: Wanted) -> None:
+    how = "as the template names its columns" if name == OWN else f"as {name!r} from its columns"
+    problems.note(f"{file}: read {how} {', '.join(map(str, wanted.columns if name == OWN else row.value))}")
+    used = {*wanted.columns, *(wanted.answer if name == OWN else FORMATS[name].columns), *SIDE}
+    unused = [str(column) for column in row.value if column not in used]
     if unused:
-        problems.note(f"{file}: these columns are not used: {', '.join(unused)} (unless a template names them)")
+        hint = "" if wanted.columns else " (unless a template names them)"
+        problems.note(f"{file}: these columns are not used: {', '.join(unused)}{hint}")
 
 
-def load(
-    ref: str | Path,
-    format: str | None = None,
-    columns: Sequence[str] | Mapping[str, str] = (),
-    skip_bad: bool = False,
-) -> tuple[list[Example], Problems]:
+def load(ref: str | Path, how: Intake = AS_IT_COMES, skip_bad: bool = False) -> tuple[list[Example], Problems]:
     """All examples of a reference. Errors: one ValueError with every problem, unless `skip_bad` (then counted)."""
     problems = Problems()
-    found = list(examples(ref, problems, format, columns))
+    found = list(examples(ref, problems, how))
     if not skip_bad:
         problems.refuse()
     return found, problems

@@ -7,7 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,19 @@ TRUNCATED = "Copy or write the file again: it ends in the middle"
 
 @dataclass(frozen=True)
 class Row:
-    """One record as found. `where` is 'file:line' (line of its first character; row number in binary files)."""
+    """One record as found. `where` is 'file:line' (line of its first character; row number in binary files).
+
+    given: the columns by the names they have in the file, where some were renamed.
+    """
 
     value: dict[str, Any]
     where: str
+    given: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Every column, a renamed one under both its names."""
+        return {**self.given, **self.value}
 
 
 @dataclass(frozen=True)

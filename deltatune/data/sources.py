@@ -44,13 +44,18 @@ def read(ref: str | Path, problems: Problems | None = None, columns: Sequence[st
     for row in _rows(str(ref), found, header):
         if problems is None:
             found.accept()
-        yield _renamed(row, rename) if rename else row
+        yield renamed(row, rename)
     if problems is None:
         found.refuse()
 
 
-def _renamed(row: Row, names: Mapping[str, str]) -> Row:
-    return Row({names.get(key, key): value for key, value in row.value.items()}, row.where)
+def renamed(row: Row, names: Mapping[str, str]) -> Row:
+    """The row with its columns under the names wanted; a column that has such a name already gives way."""
+    if not names:
+        return row
+    new = {names[key] for key in row.value if key in names}
+    found = {names.get(key, key): value for key, value in row.value.items() if key in names or key not in new}
+    return Row(found, row.where, row.value)
 
 
 def _rows(ref: str, problems: Problems, header: tuple[str, ...]) -> Iterator[Row]:

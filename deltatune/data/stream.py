@@ -14,11 +14,13 @@ from itertools import islice
 from pathlib import Path
 
 from .example import Example
-from .formats import attempt, converted, sniff, unknown
+from .formats import attempt, converted, format_of, unknown
 from .order import generator
 from .problems import BadRow, Problems
-from .readers import json_row
+from .readers import Row, json_row
+from .sources import read, renamed
 from .streams import container, extension, peek
+from .wanted import AS_IT_COMES, Intake
 
 BLOCK = 4096
 CHUNK = 1 << 20
@@ -85,7 +87,7 @@ def stream(
     problems: Problems,
     order: Order | None = None,
     start: int = 0,
-    format: str | None = None,
+    how: Intake = AS_IT_COMES,
 ) -> Iterator[Sample]:
     """Examples of one epoch from position `start`; every row exactly once. Bad rows are counted and move the cursor.
 
@@ -94,9 +96,9 @@ def stream(
     order = order or Order()
     paths = [Path(shard) for shard in shards]
     if all(map(seekable, paths)):
-        yield from _sought([index(path, order.block) for path in paths], problems, order, start, format)
+        yield from _sought([index(path, order.block) for path in paths], problems, order, start, how)
     else:
-        yield from _sequential(paths, problems, order, start, format)
+        yield from _sequential(paths, problems, order, start, how)
 
 
 def seekable(path: Path) -> bool:
@@ -110,11 +112,9 @@ def seekable(path: Path) -> bool:
         return False
 
 
-def _sought(
-    shards: Sequence[Shard], problems: Problems, order: Order, start: int, format: str | None
-) -> Iterator[Sample]:
+def _sought(shards: Sequence[Shard], problems: Problems, order: Order, start: int, how: Intake) -> Iterator[Sample]:
     blocks = [(shard, k) for shard in shards for k in range(len(shard.offsets))]
-    formats = {shard.path: format or _format(shard.path) for shard in shards}
+    formats = {shard.path: _format(shard.path, how) for shard in shards}
     cursor = 0
     for number in order.blocks(len(blocks)):
         shard, k = blocks[number]
@@ -123,21 +123,25 @@ def _sought(
             lines = _lines(shard, k * order.block, k, rows)
             for place, i in enumerate(order.within(number, rows)):
                 if cursor + place >= start:
-                    example = _example(*lines[i], problems, formats[shard.path])
+                    example = _example(*lines[i], problems, formats[shard.path], how)
                     if example:
                         yield Sample(cursor + place + 1, example)
         cursor += rows
 
 
-def _format(path: Path) -> str | None:
+def _format(path: Path, how: Intake) -> str | None:
     """The format of a shard, told by its first readable row: the same wherever a stream begins."""
     with path.open("rb") as file:
         for line in file:
             try:
-                return sniff(json_row(line.removeprefix(codecs.BOM_UTF8), str(path)).value)
+                return format_of(_row(line, str(path), how), how)
             except BadRow:
                 continue
     return None
+
+
+def _row(line: bytes, where: str, how: Intake) -> Row:
+    return how.taken(renamed(json_row(line.removeprefix(codecs.BOM_UTF8), where), how.names))
 
 
 def _lines(shard: Shard, first: int, k: int, rows: int) -> list[tuple[bytes, str]]:
@@ -146,19 +150,18 @@ def _lines(shard: Shard, first: int, k: int, rows: int) -> list[tuple[bytes, str
         return [(line, f"{shard.path}:{first + i + 1}") for i, line in enumerate(islice(file, rows))]
 
 
-def _example(line: bytes, where: str, problems: Problems, format: str | None) -> Example | None:
-    line = line.removeprefix(codecs.BOM_UTF8).strip()
-    if not line:
+def _example(line: bytes, where: str, problems: Problems, format: str | None, how: Intake) -> Example | None:
+    if not line.removeprefix(codecs.BOM_UTF8).strip():
         return None
     try:
-        row = json_row(line, where)
-        name = format or sniff(row.value)
+        row = _row(line, where, how)
+        name = format or format_of(row, how)
         if name is None:
-            raise unknown(row)
+            raise unknown(row, how)
     except BadRow as fault:
         problems.reject([fault])
         return None
-    example, faults = attempt(row, name)
+    example, faults = attempt(row, name, how)
     if faults:
         problems.reject(faults)
         return None
@@ -166,19 +169,15 @@ def _example(line: bytes, where: str, problems: Problems, format: str | None) ->
     return example
 
 
-def _sequential(
-    paths: Sequence[Path], problems: Problems, order: Order, start: int, format: str | None
-) -> Iterator[Sample]:
+def _sequential(paths: Sequence[Path], problems: Problems, order: Order, start: int, how: Intake) -> Iterator[Sample]:
     """Blocks in the files' order, each shuffled; what precedes `start` is read, but neither checked nor encoded."""
-    from .sources import read
-
     cursor = start // order.block * order.block
-    rows = islice((row for path in paths for row in read(path, problems)), cursor, None)
+    rows = islice((row for path in paths for row in read(path, problems, how.columns)), cursor, None)
     number = cursor // order.block
     while block := list(islice(rows, order.block)):
         for place, i in enumerate(order.within(number, len(block))):
             if cursor + place >= start:
-                for example in converted([block[i]], problems, format):
+                for example in converted([block[i]], problems, how):
                     yield Sample(cursor + place + 1, example)
         cursor += len(block)
         number += 1

@@ -105,16 +105,9 @@ def plain(model: nn.Module) -> bool:
     return any(record.get("plain") for record in recorded(model))
 
 
-def asking(model: nn.Module, settings: Any) -> Asking:
-    """How the active adapters are asked. `settings`: a Decoding, which may choose a prompt, a task, how to combine.
-
-    ValueError for a prompt or a task that there is none of, and for adapters with unlike templates.
-    """
-    state: State | None = getattr(model, STATE, None)
-    if settings.prompt_ids is not None or state is None or state.rows is not None:
-        ids = tuple(settings.prompt_ids or ())
-        return Asking(Encoding(prompt_ids=ids, prompt_sets=(ids,) if ids else ()))
-    encoding = Encoding(**prompted(model, *state.active))
+def combining(encoding: Encoding, settings: Any) -> Encoding:
+    """`encoding` with its prompts combined as `settings` asks (`combine`). ValueError for a `prompt` or a `task` that
+    there is none of."""
     if settings.combine is not None:
         encoding = replace(encoding, combine=settings.combine)
     if settings.task is not None and settings.task not in encoding.tasks:
@@ -124,6 +117,25 @@ def asking(model: nn.Module, settings: Any) -> Asking:
             f"prompt {settings.prompt}: there are {encoding.several}, counted from 0"
             + (f"; left out, they answer together ({encoding.combine})" if encoding.several > 1 else "")
         )
+    return encoding
+
+
+def alone(encoding: Encoding, number: int) -> Encoding:
+    """`encoding` with one of several prompts, of every task."""
+    sets = encoding.prompt_sets[number :: encoding.several]
+    return replace(encoding, prompt_sets=sets, prompt_ids=sets[0]) if sets else encoding
+
+
+def asking(model: nn.Module, settings: Any) -> Asking:
+    """How the active adapters are asked. `settings`: a Decoding, which may choose a prompt, a task, how to combine.
+
+    ValueError for a prompt or a task that there is none of, and for adapters with unlike templates.
+    """
+    state: State | None = getattr(model, STATE, None)
+    if settings.prompt_ids is not None or state is None or state.rows is not None:
+        ids = tuple(settings.prompt_ids or ())
+        return Asking(Encoding(prompt_ids=ids, prompt_sets=(ids,) if ids else ()))
+    encoding = combining(Encoding(**prompted(model, *state.active)), settings)
     blocks = [dict(record.get("objective") or {}).get("sft") or {} for record in recorded(model)]
     texts = {block["template"] for block in blocks if block.get("template")}
     if len(texts) > 1 and not settings.raw:

@@ -113,7 +113,7 @@ def batches(job: Job, rows: Sequence[Encoded]) -> Any:
 def predict(job: Job, examples: Sequence[Example]) -> tuple[list[Any], float]:
     """(one prediction per example in order, generated tokens per second)."""
     if job.objective.name != "sft":
-        return classify(job, examples), 0.0
+        return [job.objective.joined(own) for own in parts(job, examples)], 0.0
     # the rows hold their virtual ids already
     found = answers(job.model, job.tokenizer, prompts_of(job, examples), Decoding(job.config.eval.max_new_tokens))
     return [text.strip() for text in found.texts], found.tokens_per_second
@@ -126,20 +126,20 @@ def prompts_of(job: Job, examples: Sequence[Example]) -> list[Encoded]:
     return [row for rows in job.measured(examples, last_turn(job.encoding)) for row in rows[-1:]]
 
 
-def classify(job: Job, examples: Sequence[Example]) -> list[Any]:
-    """One prediction an example: of its row, or of all its windows joined."""
-    read = getattr(job.objective, "parts", job.objective.predict)
+def parts(job: Job, examples: Sequence[Example], rows_at_once: int | None = None) -> list[list[Any]]:
+    """What the model says of each example, in order: of its row, or of all its windows. rows_at_once: rows of a batch;
+    None: as many as BATCH_TOKENS allows."""
     own = job.measured(examples)
     rows = [row for windows in own for row in windows]
     found: list[Any] = [None] * len(rows)
     lengths = [r.length for r in rows]
-    for group in plan(lengths, Batching(tokens=max(BATCH_TOKENS, max(lengths)), group=True)):
-        for i, said in zip(group, read(job.model, job.batch([rows[i] for i in group], False)), strict=True):
+    by_tokens = Batching(tokens=max(BATCH_TOKENS, max(lengths, default=0)), group=True)
+    for group in plan(lengths, by_tokens if rows_at_once is None else Batching(rows=rows_at_once, group=True)):
+        batch = job.batch([rows[i] for i in group], False)
+        for i, said in zip(group, job.objective.parts(job.model, batch), strict=True):
             found[i] = said
-    if not hasattr(job.objective, "joined"):
-        return found
     said = iter(found)
-    return [job.objective.joined([next(said) for _ in windows]) for windows in own]
+    return [[next(said) for _ in windows] for windows in own]
 
 
 # ---- the untuned model -----------------------------------------------------------------------------------------------

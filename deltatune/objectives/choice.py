@@ -17,10 +17,11 @@ from ..data.batch import Batch
 from ..data.encode import IGNORE, Encoded, Encoding, edges, label_names, target
 from ..data.example import Example
 from ..data.problems import BadRow
+from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler
 from .classify import refuse_mixed, spelled
 from .cloze import parsed
-from .common import combined, exact, kept_logits, kind_of, language_class, load, needs_words
+from .common import combined, exact, kept_logits, kind_of, language_class, load, needs_words, read_out, shares
 
 SMALLEST = 1e-6  # 1 - p below this counts as this: a certain wrong answer has a finite loss
 
@@ -59,6 +60,11 @@ class Choice:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.labels)  # type: ignore[str-unpack]
+
+    @property
+    def wants(self) -> Wanted:
+        """What it reads of a row."""
+        return parsed(self.template).wants(LABELS)
 
     def fit(self, examples: Sequence[Example]) -> Choice:
         """Rows without choices of their own: without answer texts, the class names themselves are the answers."""
@@ -147,8 +153,33 @@ class Choice:
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[str]:
         """A class name for each row, or the number of its choice."""
-        found = combined(self.values(*self.scores(model, batch)), batch).argmax(-1).tolist()
-        return [self.classes[i] if self.labels else str(i) for i in found]
+        return read_out(self, model, batch)
+
+    @torch.no_grad()
+    def parts(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        """The scores [choices] of each row, of all its prompts together; minus infinity where it has fewer choices."""
+        return list(combined(self.values(*self.scores(model, batch)), batch).cpu())
+
+    def joined(self, parts: Sequence[Tensor]) -> str:
+        best = int(parts[0].argmax())
+        return self.classes[best] if self.labels else str(best)
+
+    def shown(self, parts: Sequence[Tensor], example: Example) -> dict[str, Any]:
+        """{"label", "answer": its text, "scores": {class: probability}}; the label of a row with choices of its own is
+        their number, and the scores are by their texts."""
+        texts, said = self.choices(example)[0], self.joined(parts)
+        names = self.classes if self.labels else texts
+        answer = texts[self.classes.index(said) if self.labels else int(said)]
+        scores = shares(parts[0][: len(names)], names)
+        return {"label": said if self.labels else int(said), "answer": answer, "scores": scores}
+
+    def asked(self, example: Example) -> Example:
+        """The row with an answer that nothing reads, so that it can be encoded. BadRow for a row of which no answer is
+        known."""
+        if not self.labels and "choices" not in example.extra:
+            fix = "Write them: choices: [...]"
+            raise BadRow("missing_field", example.where, "choices", "the row has no answers to choose from", fix)
+        return replace(example, label=self.classes[0] if "choices" not in example.extra else 0)
 
     def reference(self, example: Example) -> str:
         """The row's label as `predict` spells it."""

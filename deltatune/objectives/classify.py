@@ -23,7 +23,8 @@ from ..data.check import mixed_labels
 from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
 from ..data.problems import Problems
-from .common import class_head, combined, exact, load, name_classes, run
+from ..data.wanted import LABELS, Wanted
+from .common import class_head, combined, exact, load, name_classes, read_out, run, shares
 
 Kind = Literal["auto", "single", "multi", "regression"]
 
@@ -41,6 +42,7 @@ class Classify:
     name = "classify"
     packs = False
     task_head = True
+    wants = Wanted(answer=LABELS)
 
     def __post_init__(self) -> None:
         choice("classify kind", self.kind, get_args(Kind))
@@ -123,15 +125,37 @@ class Classify:
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
         """A class name, a tuple of them, or a score for each row."""
+        return read_out(self, model, batch)
+
+    @torch.no_grad()
+    def parts(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        """The scores [classes] of each row, of all its prompts together."""
         logits = self.logits(model, batch).float()
         if self.kind != "single":  # scores and several classes have no vote
             logits = logits.unflatten(0, (-1, batch.prompts)).mean(1)
+        return list((combined(logits, batch) if self.kind == "single" else logits).cpu())
+
+    def joined(self, parts: Sequence[Tensor]) -> Any:
+        """A class name, a tuple of them, or a score."""
+        (scores,), names = parts, self.labels or ()
         if self.kind == "regression":
-            return logits.squeeze(-1).tolist()
-        names = self.labels or ()
+            return float(scores)
         if self.kind == "multi":
-            return [tuple(n for n, z in zip(names, row, strict=True) if z > 0) for row in logits.tolist()]
-        return [names[i] for i in combined(logits, batch).argmax(-1).tolist()]
+            return tuple(name for name, score in zip(names, scores.tolist(), strict=True) if score > 0)
+        return names[int(scores.argmax())]
+
+    def shown(self, parts: Sequence[Tensor], example: Example) -> dict[str, Any]:
+        """{"label", "scores": {class: probability}}; of several labels {"labels", "scores"}; or {"score"}."""
+        said, names = self.joined(parts), self.labels or ()
+        if self.kind == "regression":
+            return {"score": said}
+        if self.kind == "multi":
+            return {"labels": said, "scores": dict(zip(names, parts[0].sigmoid().tolist(), strict=True))}
+        return {"label": said, "scores": shares(parts[0], names)}
+
+    def asked(self, example: Example) -> Example:
+        """The row with an answer that nothing reads, so that it can be encoded."""
+        return replace(example, label=self.labels[0] if self.labels else 0.0)
 
     def reference(self, example: Example) -> Any:
         """The row's label as `predict` spells it."""

@@ -15,9 +15,10 @@ from ..core.delta import Refusal
 from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding, label_names, target
 from ..data.example import Example
+from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler, Template
 from .classify import refuse_mixed, spelled
-from .common import combined, exact, kept_logits, language_class, load, needs_words
+from .common import combined, exact, kept_logits, language_class, load, needs_words, read_out, shares
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,11 @@ class Cloze:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.pairs)
+
+    @property
+    def wants(self) -> Wanted:
+        """What it reads of a row."""
+        return parsed(self.template).wants(LABELS)
 
     def fit(self, examples: Sequence[Example]) -> Cloze:
         """Without label words, the class names themselves are the words."""
@@ -122,7 +128,25 @@ class Cloze:
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[str]:
-        return [self.classes[i] for i in combined(self.scores(model, batch), batch).argmax(-1).tolist()]
+        """A class name for each row."""
+        return read_out(self, model, batch)
+
+    @torch.no_grad()
+    def parts(self, model: nn.Module, batch: Batch) -> list[Tensor]:
+        """The scores [classes] of each row, of all its prompts together."""
+        return list(combined(self.scores(model, batch), batch).cpu())
+
+    def joined(self, parts: Sequence[Tensor]) -> str:
+        return self.classes[int(parts[0].argmax())]
+
+    def shown(self, parts: Sequence[Tensor], example: Example) -> dict[str, Any]:
+        """{"label", "words": those that stand for it, "scores": {class: probability}}."""
+        said = self.joined(parts)
+        return {"label": said, "words": dict(self.pairs)[said], "scores": shares(parts[0], self.classes)}
+
+    def asked(self, example: Example) -> Example:
+        """The row with an answer that nothing reads, so that it can be encoded."""
+        return replace(example, label=self.classes[0])
 
     def reference(self, example: Example) -> str:
         return spelled(example.label)

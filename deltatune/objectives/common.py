@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,14 @@ MASKED = ("bert", "roberta", "distilbert", "electra", "modernbert", "albert", "d
 
 def kind_of(model: Any) -> str:
     """'seq2seq', 'masked' or 'causal'."""
-    if model.config.is_encoder_decoder:
+    return family(model.config)
+
+
+def family(config: Any) -> str:
+    """`kind_of` a model of this configuration."""
+    if config.is_encoder_decoder:
         return "seq2seq"
-    return "causal" if getattr(model.config, "is_decoder", False) or model.config.model_type not in MASKED else "masked"
+    return "causal" if getattr(config, "is_decoder", False) or config.model_type not in MASKED else "masked"
 
 
 def needs_words(model: Any, objective: str) -> None:
@@ -162,6 +167,16 @@ def combined(scores: Tensor, batch: Batch) -> Tensor:
         return each.mean(1).log()
     votes = F.one_hot(each.argmax(-1), each.shape[-1]).to(each.dtype).mean(1)
     return (votes + each.mean(1) / (2 * batch.prompts)).log()  # a tie-break stays below half a vote
+
+
+def read_out(objective: Any, model: nn.Module, batch: Batch) -> list[Any]:
+    """`objective`'s answer to each row of a batch, each as if it were an example alone."""
+    return [objective.joined([part]) for part in objective.parts(model, batch)]
+
+
+def shares(scores: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """{name: probability} of unnormalised log-probabilities [classes]."""
+    return dict(zip(names, scores.softmax(-1).tolist(), strict=True))
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:

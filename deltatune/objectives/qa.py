@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.delta import Refusal
+from ..core.registry import whole
 from ..core.site import head_modules
 from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding, Reading
 from ..data.example import Example
 from ..data.places import answered
-from .common import exact, load, run
+from ..data.problems import BadRow
+from ..data.wanted import ANSWERS, Wanted
+from .common import exact, load, read_out, run
 
 Part = tuple[Tensor, Reading]  # scores [prompts, 2, seq] of one window, and how its tokens lie in the context
 
@@ -39,12 +43,11 @@ class QA:
     packs = False
     task_head = True
     metrics = ("squad_f1", "squad_exact")
+    wants = Wanted(answer=ANSWERS)
 
     def __post_init__(self) -> None:
         for name in ("longest", "doc_stride"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"qa {name} must be a whole number >= 1, got {value!r}")
+            whole(f"qa {name}", getattr(self, name))
 
     def has(self, example: Example) -> bool:
         """Whether the row has what is learned."""
@@ -86,7 +89,7 @@ class QA:
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[str]:
         """An answer for each row, as if it were a window alone."""
-        return [self.joined([part]) for part in self.parts(model, batch)]
+        return read_out(self, model, batch)
 
     @torch.no_grad()
     def parts(self, model: nn.Module, batch: Batch) -> list[Part]:
@@ -94,27 +97,48 @@ class QA:
         scores = self.logits(model, batch).float().cpu().unflatten(0, (-1, batch.prompts))
         return [(own, reading) for own, reading in zip(scores, batch.reading[:: batch.prompts], strict=True) if reading]
 
-    def joined(self, windows: Sequence[Part]) -> str:
-        """The likeliest span over the windows of a context, with one softmax over all of them (the mean over prompts);
-        "" where position 0 scores higher in every window and that is allowed."""
-        total = torch.cat([scores for scores, _ in windows], -1).logsumexp(-1, keepdim=True)
-        found = [((scores - total).exp().mean(0).log(), reading) for scores, reading in windows]
-        best, text = max((self.best(scores, reading) for scores, reading in found), key=lambda pair: pair[0])
-        none = min(float(scores[:, 0].sum()) for scores, _ in found)
-        return "" if self.unanswerable and none >= best else text
+    def joined(self, parts: Sequence[Part]) -> str:
+        """The text of `found`; "" where there is none."""
+        return self.found(parts)[0]
 
-    def best(self, scores: Tensor, reading: Reading) -> tuple[float, str]:
-        """scores [2, seq] of one window -> (score, text) of its best span; it begins where the window sees most."""
+    def found(self, windows: Sequence[Part]) -> tuple[str, int, float]:
+        """(text, its first character in the context, log-probability) of the likeliest span over the windows of a
+        context, with one softmax over all of them (the mean over prompts); ("", 0, ...) where position 0 scores higher
+        in every window and that is allowed."""
+        total = torch.cat([scores for scores, _ in windows], -1).logsumexp(-1, keepdim=True)
+        each = [((scores - total).exp().mean(0).log(), reading) for scores, reading in windows]
+        best, text, start = max((self.best(scores, reading) for scores, reading in each), key=lambda one: one[0])
+        none = min(float(scores[:, 0].sum()) for scores, _ in each)
+        return ("", 0, none) if self.unanswerable and none >= best else (text, start, best)
+
+    def shown(self, parts: Sequence[Part], example: Example) -> dict[str, Any]:
+        """{"answer", "start", "end": its characters in the context, "score": p(start) p(end)}; start and end are null
+        for no answer."""
+        text, start, score = self.found(parts)
+        place = {"start": start, "end": start + len(text)} if text else {"start": None, "end": None}
+        return {"answer": text, **place, "score": math.exp(score)}
+
+    def asked(self, example: Example) -> Example:
+        """The row with an answer that nothing reads, so that it can be encoded. BadRow for a row without a context."""
+        if example.text is None or example.text_pair is None:
+            fix = "Write both: question and context"
+            raise BadRow("missing_field", example.where, "context", "qa reads a question and a context", fix)
+        return replace(example, extra={**example.extra, "answers": ()})
+
+    def best(self, scores: Tensor, reading: Reading) -> tuple[float, str, int]:
+        """scores [2, seq] of one window -> (score, text, its first character) of its best span; it begins where the
+        window sees most."""
         places = [i for i, span in enumerate(reading.spans) if span]
         if not places:
-            return -torch.inf, ""
+            return -torch.inf, "", 0
         n, begins = len(places), torch.tensor([not reading.fullest or reading.fullest[i] for i in places])
         start, end = scores[0, places].masked_fill(~begins, -torch.inf), scores[1, places]
         far = torch.arange(n)[None] - torch.arange(n)[:, None]
         both = (start[:, None] + end[None]).masked_fill((far < 0) | (far >= self.longest), -torch.inf)
         first, last = divmod(int(both.argmax()), n)
         chosen = [span for i in (first, last) if (span := reading.spans[places[i]])]
-        return float(both.max()), reading.text[chosen[0][0] : chosen[-1][1]].strip()
+        text, at = reading.text[chosen[0][0] : chosen[-1][1]], chosen[0][0]
+        return float(both.max()), text.strip(), at + len(text) - len(text.lstrip())
 
     def reference(self, example: Example) -> tuple[str, ...]:
         """Every accepted answer; () where there is none."""

@@ -14,6 +14,7 @@ from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding, encode_all, encoder
 from ..data.example import Example
 from ..data.problems import BadRow
+from ..data.wanted import COMPLETIONS, Wanted
 from ..prompting.template import Filler, Template
 from .common import IGNORE, decoder_inputs, kept_logits, kind_of, language_class, load, needs_words, run, token_loss
 
@@ -36,6 +37,11 @@ class SFT:
     def __post_init__(self) -> None:
         if self.template is not None:
             Template(self.template, gap=False)
+
+    @property
+    def wants(self) -> Wanted:
+        """What a template reads of a row; without one, rows of every form are read."""
+        return Wanted() if self.template is None else Template(self.template, gap=False).wants(COMPLETIONS)
 
     def fit(self, examples: Sequence[Example]) -> SFT:
         """What the training set decides; nothing here."""

@@ -15,9 +15,13 @@ from ..data.batch import Batch
 from ..data.encode import Encoded, Encoding
 from ..data.example import Example
 from ..data.places import tagged
-from .common import combined, load, name_classes, run, token_loss
+from ..data.problems import BadRow
+from ..data.wanted import TAGS, Wanted
+from ..evaluate.spans import spans
+from .common import combined, load, name_classes, read_out, run, shares, token_loss
 
 OUTSIDE = "O"
+Part = list[Tensor | None]  # scores [classes] of each word of a row
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Tag:
     packs = False
     task_head = True
     metrics = ("span_f1", "tag_accuracy")
+    wants = Wanted(answer=TAGS)
 
     def __post_init__(self) -> None:
         if self.labels is not None:
@@ -92,14 +97,39 @@ class Tag:
     @torch.no_grad()
     def predict(self, model: nn.Module, batch: Batch) -> list[tuple[str, ...]]:
         """A tag for every word of each row; words that were cut off are outside."""
-        names = self.labels or ()
-        chosen = combined(run(model, batch).logits.float(), batch).argmax(-1).tolist()
+        return read_out(self, model, batch)
+
+    @torch.no_grad()
+    def parts(self, model: nn.Module, batch: Batch) -> list[Part]:
+        """The scores [classes] of every word of each row, of all its prompts together; None for words cut off."""
+        found = combined(run(model, batch).logits.float(), batch).cpu()
         words = [reading.words if reading else () for reading in batch.reading[:: batch.prompts]]
+        return [[row[at] if at >= 0 else None for at in places] for row, places in zip(found, words, strict=True)]
+
+    def joined(self, parts: Sequence[Part]) -> tuple[str, ...]:
+        (words,), names = parts, self.labels or ()
         lost = OUTSIDE if OUTSIDE in names else names[0]
-        return [
-            tuple(names[row[at]] if at >= 0 else lost for at in places)
-            for row, places in zip(chosen, words, strict=True)
+        return tuple(lost if scores is None else names[int(scores.argmax())] for scores in words)
+
+    def shown(self, parts: Sequence[Part], example: Example) -> dict[str, Any]:
+        """{"words", "tags", "entities": [{"type", "text", "start", "end"}], in words, "scores": {tag: probability} of
+        every word}; null for the scores of a word that was cut off."""
+        words, tags, names = example.extra["tokens"], self.joined(parts), self.labels or ()
+        found = [
+            {"type": kind, "text": " ".join(words[a:b]), "start": a, "end": b}
+            for kind, a, b in sorted(spans(tags), key=lambda span: span[1:])
         ]
+        scores = [None if own is None else shares(own, names) for own in parts[0]]
+        return {"words": words, "tags": tags, "entities": found, "scores": scores}
+
+    def asked(self, example: Example) -> Example:
+        """The row with an answer that nothing reads, so that it can be encoded. BadRow for a row without words."""
+        if "tokens" not in example.extra:
+            fix = "Write its words as a list: tokens"
+            raise BadRow("missing_field", example.where, "tokens", "tag reads words", fix)
+        return replace(
+            example, extra={**example.extra, "tags": (self.labels or ("",))[:1] * len(example.extra["tokens"])}
+        )
 
     def reference(self, example: Example) -> tuple[str, ...]:
         return tuple(self.named(tag) for tag in example.extra["tags"])

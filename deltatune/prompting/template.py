@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..data.encode import edges
-from ..data.example import Example
-from ..data.problems import BadRow, nearest, short
+from ..data.example import PARTS, Example
+from ..data.problems import nearest
+from ..data.wanted import Wanted
 
 MASK = "<mask>"
 FIELD = re.compile(r"\{(\w+)\}")
 SOFT = re.compile(r"<soft(?::(0*[1-9]\d*))?>")
 PIECE = re.compile(r"(\{\{|\}\}|\{\w+\}|<mask>|<soft(?::0*[1-9]\d*)?>)")
-FIELDS = ("text", "text_pair", "prompt")
 ANSWERS = ("label", "labels", "completion", "answer", "answers")
 BRACES = {"{{": "{", "}}": "}"}
 
@@ -49,11 +49,11 @@ class Template:
             raise ValueError(f"template {self.text!r}: the answer follows the prompt here, leave {MASK} out")
         literal = "".join(self.pieces[::2])  # PIECE splits: what is between its matches
         if wrong := re.search(r"\{[^{}]*\}?|\}", literal):
-            like = nearest(wrong[0].strip("{} "), FIELDS)
+            like = nearest(wrong[0].strip("{} "), PARTS)
             raise ValueError(
                 f"template {self.text!r}: {wrong[0]!r} is no field: write {{name}}, a column of the row (letters, "
                 f"digits and _; rename others with `columns`), or {{{{ and }}}} for braces.{like} "
-                f"Always there: {', '.join(FIELDS)}"
+                f"Always there: {', '.join(PARTS)}"
             )
         if odd := next(filter(misspelt, re.findall(r"<[^<>]*>|<(?:soft|mask)\b[^<>]*", literal)), None):
             raise ValueError(
@@ -102,16 +102,18 @@ class Template:
         field = FIELD.fullmatch(piece)
         return Piece(self.value(example, field[1]), own=True) if field else Piece(BRACES.get(piece, piece))
 
+    def wants(self, answer: Sequence[str] = ()) -> Wanted:
+        """What it reads of a row, with the names that the answer's column may have."""
+        named = tuple(dict.fromkeys(self.fields))
+        return Wanted(named, tuple(name for name in answer if name not in named), self.text)
+
     def value(self, example: Example, field: str) -> str:
         """The row's text under that name; BadRow where it has none."""
-        value = getattr(example, field) if field in FIELDS else None
-        value = example.row.get(field) if value is None else value
+        value = example.column(field)
         if isinstance(value, str | int | float):
             return str(value)
-        have = [str(name) for name in example.row] or [f for f in FIELDS if getattr(example, f) is not None]
-        why = "this row does not have it" if value is None else f"it is no text here: {short(value)}"
-        fix = f"Its columns: {', '.join(have)}.{nearest(field, have)}"
-        raise BadRow("missing_field", example.where, field, f"the template {self.text!r} reads it, and {why}", fix)
+        have = example.row or {part: getattr(example, part) for part in PARTS if getattr(example, part) is not None}
+        raise self.wants().unread(example.where, field, have)
 
 
 def misspelt(bracket: str) -> bool:

@@ -110,11 +110,10 @@ def forgotten(kept: Mapping[str, Any]) -> Iterator[str]:
 def commands(folder: Any, s: Mapping[str, Any]) -> list[Text]:
     """The next three commands to type."""
     talk = Text(f"  deltatune chat --adapter {folder}            # talk to it; /compare shows the base beside it")
-    where = "" if str(folder.parent) == "runs" else f" {folder.parent}"
-    again = Text(f"  deltatune runs{where}            # every run here, with its numbers")
+    ask = Text(f"  deltatune predict --adapter {folder} --data FILE # ask it about new rows")
     return [
         Text("next:"),
-        talk if s.get("objective", "sft") == "sft" else again,
+        talk if s.get("objective", "sft") == "sft" else ask,
         Text(f"  deltatune eval --adapter {folder} --data FILE   # measure it on your rows"),
         Text(f"  deltatune merge {folder} --out merged          # one plain model folder"),
     ]

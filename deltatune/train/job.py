@@ -41,7 +41,7 @@ from .lengths import fitting, longest, unread
 from .opening import DTYPES, open_model, tokenizer_of
 from .prompts import check_prompts, with_tasks
 from .sampler import Sampler
-from .sets import SAMPLE, read, read_sets, streamed, tasks
+from .sets import SAMPLE, intake, read, read_sets, streamed, tasks
 from .streaming import Flow, Source
 
 ADAPTER = "default"
@@ -103,9 +103,8 @@ class Job:
 
     def sampler(self) -> Sampler | Flow:
         if self.config.data.streaming:
-            data, t = self.config.data, self.config.train
-            format = None if data.format == "auto" else data.format
-            return Flow(Source(streamed(data.train), self.encode, format, t.seed), self.batching(), t.accumulate)
+            refs, t = streamed(self.config.data.train), self.config.train
+            return Flow(Source(refs, self.encode, intake(self.config), t.seed), self.batching(), t.accumulate)
         lengths = [self.prompts * row.length for row in self.rows]
         batching, seed = self.batching(), self.config.train.seed
         if self.config.data.mix:
@@ -385,8 +384,8 @@ def check_supported(config: Config) -> None:
     faults = {
         "data.streaming needs train.steps: how long an epoch is shows only at its end": config.data.streaming
         and t.steps is None,
-        "data.streaming is for sft on local files, with their own column names": config.data.streaming
-        and (config.goal[0] != "sft" or bool(config.data.columns) or any(r == "-" for r in config.data.train)),
+        "data.streaming is for sft on local files": config.data.streaming
+        and (config.goal[0] != "sft" or any(r == "-" for r in config.data.train)),
         "data.mix is for several sets: give data.train a list of them": config.data.mix and len(config.data.train) < 2,
         "data.mix reads every set twice: not with data.streaming or standard input (-)": config.data.mix
         and (config.data.streaming or "-" in config.data.train),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import islice
 
 from ..config import Config
@@ -13,6 +12,8 @@ from ..data.example import Example
 from ..data.problems import Problems
 from ..data.sources import files, task_of
 from ..data.stream import Order, stream
+from ..data.wanted import Intake
+from ..objectives import build
 
 SAMPLE = 64  # training rows that a run without evaluation rows is measured on
 PEEK = 256  # rows of a stream that the checks see
@@ -35,8 +36,8 @@ def read_sets(config: Config, notes: list[str]) -> tuple[list[Example], list[Exa
 
 def peeked(config: Config, notes: list[str]) -> list[Example]:
     """The first rows of a stream: what the checks before step 1 look at."""
-    problems, format = Problems(), None if config.data.format == "auto" else config.data.format
-    rows = stream(streamed(config.data.train), problems, Order(shuffle=False), format=format)
+    problems = Problems()
+    rows = stream(streamed(config.data.train), problems, Order(shuffle=False), how=intake(config))
     found = [sample.example for sample in islice(rows, PEEK)]
     problems.refuse()
     notes.append(f"training rows are streamed: the checks before step 1 saw the first {len(found)}")
@@ -58,13 +59,19 @@ def measured(name: str, rows: list[Example], config: Config, notes: list[str]) -
     return [rows[i * len(rows) // most] for i in range(most)]
 
 
-def read(refs: Sequence[str], config: Config, notes: list[str]) -> list[Example]:
+def intake(config: Config, asks: bool = False) -> Intake:
+    """How a configuration's rows are read, by what its objective reads of them."""
+    return Intake(config.data.format, config.data.columns, build(config.objective).wants, asks)
+
+
+def read(refs: Sequence[str], config: Config, notes: list[str], asks: bool = False) -> list[Example]:
+    """The rows of references; ValueError with every one that cannot be used. asks: what they say of the answer is not
+    read."""
     found: list[Example] = []
     for task, ref in map(task_of, refs):
-        format = None if config.data.format == "auto" else config.data.format
-        rows, problems = formats.load(ref, format, config.data.columns)
+        rows, problems = formats.load(ref, intake(config, asks))
         notes += [*problems.notes, *map(str, problems.warnings)]
-        found += [replace(row, extra={**row.extra, "task": task}) for row in rows] if task else rows
+        found += [row.in_task(task) for row in rows]
     return found
 
 

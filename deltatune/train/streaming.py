@@ -11,6 +11,7 @@ from ..data.encode import Encoded
 from ..data.example import Example
 from ..data.problems import Problems
 from ..data.stream import Order, stream
+from ..data.wanted import AS_IT_COMES, Intake
 from .sampler import Cursor
 
 Encode = Callable[[Sequence[Example]], list[Encoded]]
@@ -27,13 +28,13 @@ class Source:
 
     refs: tuple[str, ...]
     encode: Encode
-    format: str | None = None
+    how: Intake = AS_IT_COMES
     seed: int = 0
 
     def rows(self, epoch: int, start: int) -> Iterator[tuple[int, Encoded]]:
         """(position after the row, row) of one epoch. BadStream, with file and line, for a row that cannot be used."""
         problems = Problems()
-        for sample in stream([Path(ref) for ref in self.refs], problems, Order(self.seed, epoch), start, self.format):
+        for sample in stream([Path(ref) for ref in self.refs], problems, Order(self.seed, epoch), start, self.how):
             refuse(problems)
             try:
                 rows = self.encode([sample.example])

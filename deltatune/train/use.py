@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import READ, Config, resolve
-from ..core.attach import attached, disabled
+from ..core.attach import disabled
 from ..core.merging import merge
 from ..core.quant import scheme
+from ..core.state import STATE, State
 from ..core.store import load as load_adapter
 from ..core.store import read_manifest
 from ..data.encode import Encoding
@@ -128,29 +129,43 @@ def evaluate_file(
     record: as `open_adapted` returns it, or an objective's block; section: the `eval` section of a configuration, whose
     retention is measured where it was asked for.   shown: the rows that the examples of `eval.shots` are drawn from.
     """
-    block = record.get("objective", record)
-    how = {key: record[key] for key in READ if record.get(key)}
-    length = {"max_length": record["max_length"]} if record.get("max_length") else {}
-    config = Config(model="any", data={"train": ref, **how}, train=length).model_copy(update={"eval": section})
-    notes: list[str] = []
+    config, notes = configured(record, ref).model_copy(update={"eval": section}), list[str]()
     examples = measured("eval", read([ref], config, notes), config, notes)
     if not examples:
         raise ValueError(f"{ref}: no rows to measure on")
-    objective = build_objective(block)
-    known = objective.name in ("sft", "qa") or bool(objective.labels) or getattr(objective, "kind", "") == "regression"
-    objective = settled(objective, examples) if known else objective.fit(examples)
-    name = next(iter(attached(model)), "")
-    tokenizer, processor = parted(tokenizer)
-    job = Job(config, model, tokenizer, objective, name, Encoding(), [], examples, {}, notes=notes, processor=processor)
-    settle_encoding(job)
+    objective = build_objective(config.objective)
+    objective = settled(objective, examples) if decided(objective) else objective.fit(examples)
+    job = job_of(model, tokenizer, objective, config, examples)
+    job.notes[:0] = notes
     if shown is not None:
         unread(job)
     told(job, "data", examples)
-    scored = score(job, examples) if shown is None else few_shot(job, examples, read([shown], config, notes))
+    scored = score(job, examples) if shown is None else few_shot(job, examples, read([shown], config, job.notes))
     found = {"rows": len(examples), **scored.numbers, "intervals": known_bounds(intervals(scored))}
     if section.retention and "retention" in section.model_fields_set:
         found["retention"] = kept(job)
-    return found | {"notes": notes}
+    return found | {"notes": job.notes}
+
+
+def configured(record: Mapping[str, Any], ref: str = "rows") -> Config:
+    """What an adapter's run recorded (or an objective's block), as the configuration of a job on other rows."""
+    how = {key: record[key] for key in READ if record.get(key)}
+    length = {"max_length": record["max_length"]} if record.get("max_length") else {}
+    return Config(model="any", data={"train": ref, **how}, train=length, objective=record.get("objective", record))
+
+
+def decided(objective: Any) -> bool:
+    """Whether an objective knows already what it would have to read off rows: its classes."""
+    return objective.name in ("sft", "qa") or bool(objective.labels) or getattr(objective, "kind", "") == "regression"
+
+
+def job_of(model: nn.Module, tokenizer: Any, objective: Any, config: Config, examples: Sequence[Example]) -> Job:
+    """A job that trains nothing: `examples` for a model, with the adapter it has."""
+    state: State | None = getattr(model, STATE, None)
+    name = next(iter(state.active), "") if state else ""
+    tokenizer, processor = parted(tokenizer)
+    job = Job(config, model, tokenizer, objective, name, Encoding(), [], list(examples), {}, processor=processor)
+    return settle_encoding(job)
 
 
 def few_shot(job: Job, examples: Sequence[Example], shown: Sequence[Example]) -> Scored:

@@ -1,0 +1,98 @@
+"""What an objective reads of a row beside its format (Wanted), and how the rows of a set are read (Intake)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .problems import BadRow, nearest, short
+from .readers import Row
+
+LABELS = ("label", "labels")
+COMPLETIONS = ("completion", "response", "answer", "output")
+TAGS = ("tags", "ner_tags", "labels")
+ANSWERS = ("answers",)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """columns: those that a template names. answer: the names under which a row may hold what is learned. template: the
+    text of the template, for messages."""
+
+    columns: tuple[str, ...] = ()
+    answer: tuple[str, ...] = ()
+    template: str = ""
+
+    def unread(self, where: str, name: str, have: Mapping[str, Any], more: str = "") -> BadRow:
+        """The fault of a row whose column `name`, which the template reads, is missing or no text. have: its columns;
+        more: a hint."""
+        value = have.get(name)
+        kind = "missing_field" if value is None else "data_type"
+        why = "this row does not have it" if value is None else f"it is no text here: {short(value)}"
+        names = [str(column) for column in have]
+        fix = f"Its columns: {', '.join(names)}.{more or nearest(name, names)}"
+        return BadRow(kind, where, name, f"the template {self.template!r} reads it, and {why}", fix)
+
+    def untold(self, where: str, have: Mapping[str, Any], more: str = "") -> BadRow:
+        """The fault of a row without the column that is learned."""
+        name, names = self.answer[0], [str(column) for column in have]
+        like = more or nearest(name, names, 0.6) or f" Name yours: data.columns: {{yours: {name}}}"
+        reason = f"it is what the objective learns, and this row does not have it (columns {', '.join(names)})"
+        return BadRow("missing_field", where, name, reason, f"Add it.{like}")
+
+
+NOTHING = Wanted()
+
+
+@dataclass(frozen=True)
+class Intake:
+    """How rows are read.
+
+    format: None: told by the columns. columns: {name in the file: name wanted}, or a list of names for a csv file
+    without a header. asks: the rows ask for an answer, and what they say of it is not read. Errors: ValueError for a
+    template that would read the answer under the name it has in the file.
+    """
+
+    format: str | None = None
+    columns: Sequence[str] | Mapping[str, str] = ()
+    wanted: Wanted = NOTHING
+    asks: bool = False
+
+    def __post_init__(self) -> None:
+        told = next(
+            (old for old, new in self.names.items() if new in self.wanted.answer and old in self.wanted.columns), ""
+        )
+        if told:
+            raise ValueError(
+                f"template {self.wanted.template!r}: {{{told}}} would tell the answer, which data.columns takes from "
+                f"{told!r}: leave it out"
+            )
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """{name in the file: name wanted}; {} where `columns` is a list."""
+        return self.columns if isinstance(self.columns, Mapping) else {}
+
+    @property
+    def left(self) -> tuple[str, ...]:
+        """The columns that a row need not have, and that are not read."""
+        return self.wanted.answer if self.asks else ()
+
+    def taken(self, row: Row) -> Row:
+        """The row without what it says of an answer that it asks for."""
+        if not self.left:
+            return row
+        hidden = {*self.left, *(old for old, new in self.names.items() if new in self.left)}
+        value, given = ({k: v for k, v in part.items() if k not in hidden} for part in (row.value, row.given))
+        return replace(row, value=value, given=given)
+
+    def turned(self, row: Row) -> str:
+        """' Did you mean ...?' where `columns` seems to be written the wrong way round for a row, or nothing."""
+        columns = row.given or row.value
+        pairs = [(old, new) for old, new in self.names.items() if old not in columns and new in columns]
+        said = ", ".join(f"{new}: {old}" for old, new in pairs)
+        return f" Did you mean columns: {{{said}}}? The left side is the column in your file" if pairs else ""
+
+
+AS_IT_COMES = Intake()
