@@ -16,7 +16,7 @@ from .delta import SLOT, Delta, Given, Refusal, inmost
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
 from .quant import steady
-from .site import Site, common, parts, stem
+from .site import UNCALLED, Site, common, parts, stem
 from .slot import Slot, Tap, deltas, slots
 from .state import STATE, State
 
@@ -348,6 +348,8 @@ def check_rows(touched: dict[str, Slot], names: tuple[str, ...]) -> None:
                 refuse_rows(delta)
             if delta.alone:
                 raise Refusal(f"{delta.alone}.", found=delta.site.write, instead="activate() one adapter at a time")
+            if isinstance(delta, InPlaceBias) and UNCALLED.search(delta.site.write):
+                refuse_rows(delta)
 
 
 def check_owners(model: nn.Module, touched: dict[str, Slot], names: tuple[str, ...]) -> None:
