@@ -416,7 +416,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Row i of the batch runs adapter names[i]; None is the base. Refusal for adapters that trained weights in place.
 
-    A batch of n len(names) rows counts as n copies of each row side by side, as beams are.
+    One name is for every row of a batch of any size. A batch of n len(names) rows counts as n copies of each row side by
+    side, as beams are; any other number is a ValueError with both numbers.
     """
     if not names:
         raise ValueError("rows() was given 0 names: give one name per row of the batch (None: the base)")
@@ -432,9 +433,11 @@ def rows_of(model: nn.Module, chosen: Sequence[int], count: int) -> Iterator[nn.
     if state is None or state.rows is None:
         yield model
         return
-    if len(state.rows) != count:
-        raise ValueError(f"rows() was given {len(state.rows)} names for {count} rows: give one name per row")
-    with rows(model, [state.rows[i] for i in chosen]):
+    if len(state.rows) not in (1, count):
+        raise ValueError(
+            f"rows() was given {len(state.rows)} names for {count} rows: give one name per row, or one for all of them"
+        )
+    with rows(model, [state.rows[i if len(state.rows) > 1 else 0] for i in chosen]):
         yield model
 
 

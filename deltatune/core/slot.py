@@ -188,7 +188,8 @@ def copies(size: int, rows: int) -> int:
     """How many entries of a first axis of `size` belong to each row; ValueError when it does not come out even."""
     if not rows or size % rows or not size:
         raise ValueError(
-            f"rows() was given {rows} names, but a layer sees a batch of {size}: give one name per row (None: the base)"
+            f"rows() was given {rows} names, but the batch has {size} rows: give one name per row (None: the base), "
+            "or one name for all rows"
         )
     return size // rows
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .site import positions_of, read_first
+from .site import INPUTS, positions_of, read_first
 from .slot import copies, deltas
 from .vocabulary import Before
 
@@ -60,7 +60,11 @@ class State:
         return any(d.inplace for name in switched for d in deltas(module, name))
 
     def shift(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Trunk hook: real tokens stand after the active prefixes' positions."""
+        """Trunk hook: real tokens stand after the active prefixes' positions. ValueError where rows() does not fit: its
+        layers cannot tell, some see tokens without their rows."""
+        given = [x for x in (*args[:1], *(kwargs.get(name) for name in INPUTS)) if x is not None]
+        if self.rows is not None and given:  # a decoder alone is given none
+            copies(len(given[0]), len(self.rows))
         if not any(self.shifts.get(n) for n in self.active):
             return None
         positions = positions_of(module, args, kwargs)
