@@ -416,8 +416,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Row i of the batch runs adapter names[i]; None is the base. Refusal for adapters that trained weights in place.
 
-    One name is for every row of a batch of any size. A batch of n len(names) rows counts as n copies of each row side by
-    side, as beams are; any other number is a ValueError with both numbers.
+    One name is for every row of a batch of any size. A batch of n len(names) rows counts as n copies of each row side
+    by side, as beams are; any other number is a ValueError with both numbers.
     """
     if not names:
         raise ValueError("rows() was given 0 names: give one name per row of the batch (None: the base)")

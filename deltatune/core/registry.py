@@ -74,9 +74,27 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
         low, high = {**known, **facts}.get("lr_range", EVERY)
         METHODS[name] = Entry(name, cls, paper, kind, **{**known, **facts, "lr_range": (float(low), float(high))})
         cls.method_name = name  # type: ignore[attr-defined]
+        if inner_fields(cls) and not hasattr(cls, "bind"):
+            cls.bind = bind_inner  # type: ignore[attr-defined]
         return cls
 
     return register
+
+
+def inner_fields(cls: type) -> set[str]:
+    """The fields of a method that hold other methods."""
+    return {f.name for f in dataclasses.fields(cls) if f.metadata.get("methods")}
+
+
+def bind_inner(self: Any, tokenizer: Any) -> Any:
+    """The `bind` of methods that hold others: what is inside, with its words as token ids."""
+    found = {key: tuple(bound(m, tokenizer) for m in getattr(self, key)) for key in inner_fields(type(self))}
+    return dataclasses.replace(self, **found)
+
+
+def bound(method: Any, tokenizer: Any) -> Any:
+    """A method with its words as token ids, where it has words."""
+    return method.bind(tokenizer) if hasattr(method, "bind") else method
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
@@ -139,7 +157,7 @@ def build_one(name: str, fields: dict[str, Any]) -> Any:
     for key in fields:
         if key not in have:
             raise ValueError(f"method {name!r} has no field {key!r}.{nearest(key, have)} Its fields: {', '.join(have)}")
-    inner = {f.name for f in dataclasses.fields(cls) if f.metadata.get("methods")}
+    inner = inner_fields(cls)
     return cls(**{k: build(v) if k in inner else tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
