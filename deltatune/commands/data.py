@@ -39,8 +39,8 @@ def check(
 
     tokenizer, encoding = None, Encoding()
     if model is not None:
+        from deltatune.core.places import places
         from deltatune.data.media import reader
-        from deltatune.train.lengths import places
         from deltatune.train.opening import model_config, open_tokenizer
         from deltatune.zoo import model_path
 

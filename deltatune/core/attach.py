@@ -15,6 +15,7 @@ from . import attention
 from .delta import SLOT, Delta, Given, Refusal, inmost
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
+from .places import tabled
 from .quant import steady
 from .site import UNCALLED, Site, common, parts, stem
 from .slot import Slot, Tap, deltas, slots
@@ -131,7 +132,7 @@ def begin(model: nn.Module) -> State:
         vocab = getattr(model, "deltatune_vocab", None)
         state = State(fingerprint(model, vocab), {n: p.requires_grad for n, p in model.named_parameters()}, vocab)
         setattr(model, STATE, state)
-        inner = stem(model)
+        inner, state.room = stem(model), tabled(model)
         state.handles = [
             inner.register_forward_pre_hook(state.shift, with_kwargs=True),
             inner.register_forward_hook(state.watch),
@@ -389,6 +390,12 @@ def takes_packed(model: nn.Module) -> bool:
     """Whether packing is on."""
     state: State | None = getattr(model, STATE, None)
     return state is not None and state.packing
+
+
+def shifted(model: nn.Module) -> int:
+    """How many positions the active prefixes take before the first real token."""
+    state: State | None = getattr(model, STATE, None)
+    return state.moved() if state else 0
 
 
 @contextmanager
