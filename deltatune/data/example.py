@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -82,3 +82,9 @@ class Example:
     def learns(self) -> bool:
         """Whether a supervised objective finds a target here."""
         return any(turn.learned for turn in self.turns) if self.turns else True
+
+
+def of_task(found: Iterable[Example], task: str | None) -> Iterator[Example]:
+    """The rows of a set that is named as `task` (`task=FILE`); as they are where it has no name."""
+    for row in found:
+        yield replace(row, extra={**row.extra, "task": task}) if task else row

@@ -157,6 +157,7 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
         "memory": done.memory,
         "seconds": done.seconds,
         "tokens_per_s": sum(r["tokens"] for r in steps) / seconds if seconds else 0.0,
+        "rows_per_s": sum(r.get("rows", 0) for r in steps) / seconds if seconds else 0.0,
         "adapter": str(folder / "adapter"),
         "model": job.config.model.name,
         "notes": job.notes,
@@ -168,7 +169,7 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
 
 FROM_RESULT = (
     "metric", "before", "after", "intervals", "intervals_before", "gain", "measured_on", "retention", "untuned_prompts",
-    "ood", "methods",
+    "ood", "tasks", "methods",
 )  # fmt: skip
 
 

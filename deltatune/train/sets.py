@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import islice
 
 from ..config import Config
 from ..data import formats
 from ..data.check import remarks
-from ..data.example import Example
+from ..data.example import Example, of_task
 from ..data.problems import Problems
 from ..data.sources import files, task_of
 from ..data.stream import Order, stream
@@ -64,7 +63,7 @@ def read(refs: Sequence[str], config: Config, notes: list[str]) -> list[Example]
         format = None if config.data.format == "auto" else config.data.format
         rows, problems = formats.load(ref, format, config.data.columns)
         notes += [*problems.notes, *map(str, problems.warnings)]
-        found += [replace(row, extra={**row.extra, "task": task}) for row in rows] if task else rows
+        found += of_task(rows, task)
     return found
 
 
