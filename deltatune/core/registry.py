@@ -265,9 +265,11 @@ def fits(model: nn.Module, name: str) -> dict[str, Any] | Refusal | ValueError:
     try:
         for part in build(name):
             for site, delta in part.deltas(model):
+                own = delta.trained(model.get_submodule(site.write))
+                if not own:  # it watches
+                    continue
                 kind = site.key.removeprefix(f"{block_of(f'{site.write}.')}.")  # the same in every block
                 sites[kind] = sites.get(kind, 0) + 1
-                own = delta.trained(model.get_submodule(site.write))
                 trained |= {id(parameter): parameter.numel() for parameter in own.values()}
                 kept.append(delta)
     except (Refusal, ValueError) as error:

@@ -12,7 +12,7 @@ from ..core.attach import named
 from ..core.delta import Delta, Refusal, overrides
 from ..core.inplace import InPlace
 from ..core.registry import choice, finite, flag, identity, method, whole
-from ..core.routing import Beside, Block, Now, Policy, Routed, Watch, copies_of_blocks, reads_ahead, watched
+from ..core.routing import Beside, Block, Now, Policy, Routed, Watch, copies_of_blocks, reads_ahead, watches
 from ..core.site import Site, block_of, blocks, embedding, is_norm, towers
 from .freeze import Full
 from .lora import LoRA
@@ -64,7 +64,7 @@ class SpotTune:
             )
         now, first = Now(), self.pool if self.pool or reads_ahead(model) else 16
         name, inside = embedding(model), blocks(model)
-        yield watched(model, now)
+        yield from watches(model, now)
         yield Site(name, name), Policy(model.get_submodule(name), inside, now, first, self)
         full = not self.of or any(isinstance(m, Full) for m in self.of)
         for site, delta in copies_of_blocks(model) if full else (p for m in self.of for p in named(m, model)):
