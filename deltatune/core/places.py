@@ -49,7 +49,8 @@ def fits(room: int, model: Any, shift: int, called: tuple[tuple, Mapping[str, An
 
 def reach(model: Any, name: str, given: Mapping[str, Any]) -> int:
     """How many positions the text called `name` goes up to, those in the cache included."""
-    at, past = given.get("position_ids"), given.get("past_key_values")
+    past: Any = given.get("past_key_values")
+    at = given.get("position_ids")
     if isinstance(at, Tensor) and not name.startswith("decoder"):  # packed rows begin anew in their middle
         seen = at.is_cpu or not torch.is_grad_enabled()  # a GPU that trains would wait for the answer
         return int(at.max()) + 1 - first(model.config) if seen else 0

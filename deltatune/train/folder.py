@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..blocks import called
 from ..config import Config
 from ..core.attach import known
 from ..core.quant import size
@@ -45,7 +46,7 @@ class Run:
 
 def place(config: Config, out: Path | None) -> Path:
     """The run folder; a folder that holds another run is never written over."""
-    name = "+".join(name for name, _ in config.parts)
+    name = called(config.presets, [name for name, _ in config.parts])
     model = Path(config.model.name.removeprefix("pypi:")).name
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = out or Path(config.output.dir or "runs") / f"{stamp}-{name}-{model}"
