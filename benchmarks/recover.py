@@ -101,12 +101,15 @@ def recipe(table: Table, cell: Cell) -> str:
 
 
 def task_of(table: Table, cell: Cell) -> Table:
-    """A cell's task; where its method has a template, that asks the rows (virtual tokens stand where it says)."""
-    task, own = dict(table["tasks"].get(cell.task, {})), table["methods"].get(cell.method, {}).get("template")
-    if own is None:
-        return task
-    ((name, options),) = task["objective"].items()
-    return {**task, "objective": {name: {**options, "template": own}}}
+    """A cell's task, with what its method trains otherwise: `train`, and a `template` that says where its virtual tokens
+    stand."""
+    task, entry = dict(table["tasks"].get(cell.task, {})), table["methods"].get(cell.method, {})
+    if "train" in entry:
+        task["train"] = {**task["train"], **entry["train"]}
+    if "template" in entry:
+        ((name, options),) = task["objective"].items()
+        task["objective"] = {name: {**options, "template": entry["template"]}}
+    return task
 
 
 def settings(task: Table, method: Any, cell: Cell, folder: Path) -> Config:

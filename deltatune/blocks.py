@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -176,7 +176,7 @@ def preset_problems(names: Any, spot: Spot) -> list[Problem]:
 def method_problems(blocks: Any, spot: Spot) -> list[Problem]:
     """What is wrong with a list of method blocks."""
     if not blocks:
-        return [Problem(spot, f"no method given; there are {', '.join(methods())}")]
+        return [Problem(spot, f"no method given; {listed(methods(), tuple(presets()))}")]
     problems: list[Problem] = []
     for i, block in enumerate(blocks):
         here = (*spot, i)
@@ -194,7 +194,24 @@ def objective_problems(block: Any, spot: Spot) -> list[Problem]:
     name = next(iter(block))
     if name in LATER and name not in objectives():
         return [Problem(spot, f"{name!r} is not in this version; there are {', '.join(objectives())}")]
-    return block_problems(block, objectives(), spot)
+    return block_problems(block, objectives(), spot) or template_problems(block, spot)
+
+
+GAP = {"sft": False, "cloze": True, "choice": True}  # whether an objective's template has a <mask>
+
+
+def template_problems(block: Mapping[str, Any], spot: Spot) -> list[Problem]:
+    """What is wrong with the text of an objective's template."""
+    ((name, fields),) = block.items()
+    if name not in GAP or not isinstance(fields.get("template"), str):
+        return []
+    from deltatune.prompting.template import Template
+
+    try:
+        Template(fields["template"], gap=GAP[name])
+    except ValueError as error:
+        return [Problem((*spot, name, "template"), str(error))]
+    return []
 
 
 def block_problems(
@@ -203,8 +220,7 @@ def block_problems(
     """What is wrong with `{name: {field: value}}`: an unknown name, unknown fields, wrong types."""
     ((name, given),) = block.items()
     if name not in known:
-        there = [*known, *more]
-        return [Problem((*spot, name), f"unknown; there are {', '.join(there)}{nearest(str(name), there)}")]
+        return [Problem((*spot, name), f"unknown{nearest(str(name), [*known, *more])}; {listed(known, more)}")]
     if not isinstance(given, Mapping):
         return [Problem((*spot, name), f"{given!r}: a mapping of fields is wanted")]
     fields = known[name].get("fields", {})
@@ -218,10 +234,42 @@ def block_problems(
             problems += method_problems(as_list(value), here) if value else []
         elif not fits(value, fields[field].get("type", "Any")):
             problems.append(Problem(here, f"{value!r}: {spoken(fields[field]['type'])} is wanted"))
+        elif too_low(value, fields[field]):
+            problems.append(Problem(here, f"{value!r}: {bound(fields[field])} is wanted"))
     for field, entry in fields.items():
         if "default" not in entry and field not in given:
             problems.append(Problem((*spot, name), f"{field} must be given ({spoken(entry.get('type', 'Any'))})"))
     return problems
+
+
+FEW = 12  # names that an error lists
+
+
+def listed(known: Mapping[str, Any], more: tuple[str, ...] = ()) -> str:
+    """The names there are, or how to see them where they are many."""
+    there = [*known, *more]
+    if len(there) <= FEW:
+        return f"there are {', '.join(there)}"
+    return f"`deltatune methods` lists the {len(there)} there are"
+
+
+def too_low(value: Any, field: Mapping[str, Any]) -> bool:
+    """Whether a number is below what an index entry allows ("least"), or not above it ("above")."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return ("least" in field and value < field["least"]) or ("above" in field and not value > field["above"])
+
+
+def bound(field: Mapping[str, Any]) -> str:
+    number = "a whole number" if "int" in choices(field["type"]) else "a number"
+    return f"{number} >= {field['least']}" if "least" in field else f"{number} above {field['above']}"
+
+
+def called(presets_named: Sequence[str], names: Sequence[str]) -> str:
+    """What a union is called by who chose it: its presets, then the methods that none of them brought."""
+    own = [as_list(presets().get(preset, {}).get("method", [])) for preset in presets_named]
+    brought = {name for blocks in own for block in blocks for name in block}
+    return "+".join([*presets_named, *(name for name in names if name not in brought)])
 
 
 def choices(annotation: str) -> list[str]:

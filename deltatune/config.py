@@ -212,7 +212,7 @@ class Output(Section):
     """Where the run goes."""
 
     dir: str | None = None
-    """The folder that holds run folders; left out: runs."""
+    """The folder that holds run folders; left out: runs. --out names the run folder itself, and goes before this."""
 
 
 class Log(Section):

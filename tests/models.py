@@ -145,6 +145,14 @@ BEYOND_TEXT: Mapping[str, Family] = MappingProxyType({
         "begin_suppress_tokens": None} | _NO_DROPOUT),
 })  # fmt: skip
 ALL = MappingProxyType({**FAMILIES, **BEYOND_TEXT})
+_STATES = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "state_size": 4, "pad_token_id": 0, "bos_token_id": 1,
+           "eos_token_id": 2}  # fmt: skip
+# families without attention: the conformance suite's methods are not all for them
+RECURRENT: Mapping[str, Family] = MappingProxyType({
+    "mamba": Family(hf.MambaConfig, "causal", sizes=_STATES),
+    "mamba2": Family(hf.Mamba2Config, "causal", sizes=_STATES | {"num_heads": 8, "head_dim": 8, "n_groups": 1,
+                                                                 "chunk_size": 4}),
+})  # fmt: skip
 
 
 def tiny(
@@ -155,7 +163,7 @@ def tiny(
     task: "lm" (causal, masked or conditional generation, by family), "classify" (3 labels) or "trunk".
     overrides: configuration fields.
     """
-    found = ALL[family]
+    found = {**ALL, **RECURRENT}[family]
     config = found.config(**({"vocab_size": VOCAB, "num_labels": LABELS} | dict(found.sizes) | overrides))
     auto = AUTO.get((found.kind, task)) or TASKS[task]
     with torch.random.fork_rng():

@@ -341,16 +341,11 @@ def test_a_foreign_folder_that_lies_is_refused(tmp_path, change, said):
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    t.chat_model(folder / "model")
-    t.chat_rows(folder / "rows.jsonl", 12)
-    return folder
+made = t.made
 
 
 def config(made: Path, **fields):
-    return t.config(made / "model", str(made / "rows.jsonl"), method={"adalora": {"init_r": 6, "r": 4, **fields}})
+    return t.run_of(made, {"adalora": {"init_r": 6, "r": 4, **fields}})
 
 
 def checks(folder: Path) -> dict[str, dict]:

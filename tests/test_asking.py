@@ -276,6 +276,12 @@ def test_a_run_over_tasks_is_stored_and_asked_by_name(tmp_path):
     )
     shown = CliRunner().invoke(main, ["train", str(tmp_path / "c.yaml"), "--out", str(tmp_path / "run"), "--json"])
     assert shown.exit_code == 0, shown.output
+    told = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert {task: sides["after"]["rows"] for task, sides in told["tasks"].items()} == {"turn": 3, "twice": 9}
+    for side in ("before", "after"):
+        each = {task: sides[side][told["metric"]] for task, sides in told["tasks"].items()}
+        assert (3 * each["turn"] + 9 * each["twice"]) / 12 == pytest.approx(told[side][told["metric"]])
+    assert f"task turn: {told['metric']} " in (tmp_path / "run" / "report.md").read_text()
     model, tokenizer, _ = open_adapted(str(folder), tmp_path / "run" / "adapter")
     (method,) = model.deltatune_state.methods["default"]
     assert method.tasks == ("turn", "twice")
@@ -293,6 +299,7 @@ def test_a_run_over_tasks_is_stored_and_asked_by_name(tmp_path):
     words = ["eval", "--adapter", str(tmp_path / "run"), "--set", "eval.max_new_tokens=8", "--json"]
     found = {k: json.loads(CliRunner().invoke(main, [*words, "--data", f"{k}={v}"]).stdout) for k, v in data.items()}
     wrong = json.loads(CliRunner().invoke(main, [*words, "--data", f"turn={data['twice']}"]).stdout)
+    assert list(found["twice"]["tasks"]) == ["twice"]
     assert found["twice"]["loss"] < wrong["loss"]  # the other task's prompts fit its rows less
     bare = CliRunner().invoke(main, [*words[:-1], "--data", data["turn"]])
     assert bare.exit_code == 2

@@ -366,7 +366,7 @@ def test_the_order_of_dpo_gives_the_same_gradients(method, checkpointing):
 )
 def test_rows_want_one_name_per_row(family, method):
     model = stirred(tiny(family), method, "a")
-    with pytest.raises(ValueError, match="2 names, but a layer sees a batch of 3"), rows(model, ["a", None]):
+    with pytest.raises(ValueError, match="2 names, but the batch has 3 rows"), rows(model, ["a", None]):
         logits(model, inputs(model, rows=3))
     with pytest.raises(ValueError, match="0 names"), rows(model, []):
         pass

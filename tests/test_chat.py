@@ -148,9 +148,10 @@ def test_the_base_side_is_the_base_and_another_adapter_can_be_opened(tmp_path):
     assert len(pieces) > 1  # as they are made
     assert "".join(pieces) == tuned.text == answers(model, tokenizer, [asked], Decoding(8)).texts[0]
     assert speak(asked, False, 0.0, print).text == base.text
-    plain = speaker(model, tokenizer, Voice(8, plain=True))  # trained on plain prompts: asked with them
-    assert plain(asked, True, 0.0, print).text == answers(model, tokenizer, ["hi"], Decoding(8)).texts[0] != tuned.text
-    assert plain(asked, False, 0.0, print).text == base.text
+    model.deltatune_state.records["default"] = {"plain": True}  # trained on plain prompts: asked with them
+    assert speak(asked, True, 0.0, print).text == answers(model, tokenizer, ["hi"], Decoding(8)).texts[0] != tuned.text
+    assert speak(asked, False, 0.0, print).text == base.text
+    model.deltatune_state.records.clear()
     assert tuned.text != base.text
     detach(model, "default")
     for _ in range(2):  # the second time another adapter is there

@@ -123,6 +123,17 @@ def test_counts_labels_tokens_and_duplicates(tmp_path):
     assert json.loads(json.dumps(report.to_json()))["rows"] == {"seen": 5, "good": 5, "bad": 0}
 
 
+def test_a_set_named_as_a_task_is_read_as_a_run_reads_it(tmp_path):
+    train = written(tmp_path, [{"text": "good film", "label": "pos"}, {"text": "bad film", "label": "neg"}])
+    dev = written(tmp_path, [{"text": "Good film!", "label": "pos"}], "dev.jsonl")
+    report = check(f"sst={train}", eval_ref=f"sst={dev}")
+    assert report.ok
+    assert (report.tasks, report.leaked.count) == ({"sst": 2}, 1)
+    assert report.to_json()["tasks"] == {"sst": 2}
+    assert "tasks: sst 2" in shown(report)
+    assert check(train).to_json()["tasks"] == {}
+
+
 def test_leakage_is_by_question_and_labels_are_compared(tmp_path):
     train = written(tmp_path, [{"text": "good film", "label": "pos"}, {"text": "bad film", "label": "neg"}])
     dev = written(tmp_path, [{"text": "Good film!", "label": "positive"}], "dev.jsonl")

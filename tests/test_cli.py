@@ -60,6 +60,43 @@ def test_help_and_everything_cheap_load_no_torch():
     assert done.stdout.split() == ["PASSIVE", "7", "false"]  # the user's own value stays
 
 
+EARLY = """
+import contextlib, io, pathlib, sys, tempfile
+from deltatune.cli import main
+here = pathlib.Path(tempfile.mkdtemp())
+(here / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+(here / "model").mkdir()
+rows, model = str(here / "rows.jsonl"), str(here / "model")
+lines = {
+    "bottleneck: 0: a whole number >= 1": ["--model", "o/m", "--data", rows, "--method", "{adapter: {bottleneck: 0}}"],
+    "lora.alpha: -1: a number above 0": ["--model", "o/m", "--data", rows, "--method", "{lora: {alpha: -1}}"],
+    "needs exactly one <mask>": ["--model", "o/m", "--data", rows, "--objective", "{cloze: {template: no}}"],
+    "there is no such file or folder": ["--model", "o/m", "--data", str(here / "row.jsonl")],
+    "Did you mean": ["--model", "o/m", "--data", "sst=" + rows, "--eval", str(here / "row.jsonl")],
+    "no config.json": ["--model", model, "--data", rows],
+    "was not found": ["--model", str(here / "models"), "--data", rows],
+    "'houlsby'?); `deltatune methods` lists the": ["--model", "o/m", "--data", rows, "--method", "houlsbi"],
+}
+for said, words in lines.items():
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            main(["train", *words])
+        except SystemExit as end:
+            assert end.code == 2, (words, end.code)
+    text = " ".join(out.getvalue().split())
+    assert said in text, (said, text)
+    assert len(text) < 700, text
+    heavy = {"torch", "transformers", "datasets"} & set(sys.modules)
+    assert not heavy, (words, heavy)
+"""
+
+
+def test_what_can_be_known_at_once_is_said_before_torch_is_loaded_or_anything_fetched():
+    done = python(EARLY)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_command_is_there():
     text = call("--help").output
     named = "methods data train resume eval predict generate chat merge export extract runs doctor schema"

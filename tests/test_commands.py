@@ -1,6 +1,7 @@
 """The commands in a row, on a tiny model: train, resume, list, check, measure, generate, chat, merge."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from deltatune.cli import main
-from deltatune.commands.adapted import question
+from deltatune.commands.adapted import measured, question
+from deltatune.commands.train import gigabytes, millions
 from deltatune.data.example import Example, Turn
 from models import enliven, tiny
 from tiny_tokenizers import CHATML, byte_level
@@ -68,7 +70,43 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(made, tmp_path):
     said = answer("train", made / "run" / "config.yaml", "--out", tmp_path / "none", "--dry-run")
     assert said["plan"]["steps"] == 3
     assert said["config"]["train"]["batch_tokens"] == 64
+    text = " ".join(call("train", made / "run" / "config.yaml", "--dry-run").stdout.split())
+    for part in (r"rows: 8 of [\d,]+ tokens, [\d,]+ of them learned; 3 steps", r"trained: [\d,]+ parameters, in \w+",
+                 r"memory: 0\.\d\d GiB predicted \(weights 0\.\d\d GiB, .*\), [\d.]+ GiB free"):  # fmt: skip
+        assert re.search(part, text), part
+    assert "{" not in text.partition("rows: ")[2]
     assert not (tmp_path / "none").exists()
+    both = ["--set", f"output.dir={tmp_path / 'there'}", "--out", tmp_path / "none", "--dry-run"]
+    told = " ".join(call("train", made / "run" / "config.yaml", *both).stderr.split())
+    assert f"output.dir {tmp_path / 'there'} is not used" in told
+    assert "is not used" not in call("train", made / "run" / "config.yaml", *both[2:]).stderr
+
+
+def test_costs_are_spelled_for_people():
+    assert [millions(n) for n in (612, 99_999, 1_234_567)] == ["612", "99,999", "1.23 M"]
+    assert gigabytes(3 * 2**29) == "1.50 GiB"
+
+
+def test_measurements_are_lines_with_their_intervals():
+    result = {"rows": 4, "loss": 0.5, "accuracy": 0.75, "intervals": {"accuracy": [0.5, 1.0]},
+              "tasks": {"sst": {"rows": 2, "accuracy": 1.0}}}  # fmt: skip
+    assert list(measured(result)) == [
+        "rows: 4",
+        "loss: 0.5000",
+        "accuracy: 0.7500 (95 % interval 0.5000 to 1.0000)",
+        "tasks sst rows: 2",
+        "tasks sst accuracy: 1.0000",
+    ]
+
+
+def test_runs_are_called_what_their_user_called_them(made, tmp_path):
+    for folder, head in (("a", "presets: [houlsby]\n"), ("b", ""), ("c", "presets: [houlsby]\n")):
+        (tmp_path / folder).mkdir()
+        also = "- lora: {r: 2}\n" if folder == "c" else ""
+        text = f"model: m\n{head}method:\n- adapter: {{bottleneck: 4}}\n{also}data: d\n"
+        (tmp_path / folder / "config.yaml").write_text(text)
+    found = {r["name"]: r["method"] for r in answer("runs", tmp_path)}
+    assert found == {"a": "houlsby", "b": "adapter", "c": "houlsby+lora"}
 
 
 def test_a_model_is_measured_with_and_without_its_adapter(made):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deltatune import IA3, Adapter, BitFit, Full, Head, LoRA, Prefix, activate, attach, load, merge
-from deltatune.core.attach import attached, each, known, parameters
+from deltatune.core.attach import attached, each, known, parameters, trainable
 from deltatune.core.change import Low, changes
 from deltatune.core.convert import export_lora, extract, kl, to_lora
 from deltatune.core.delta import Refusal
@@ -216,3 +216,12 @@ def test_an_export_that_is_refused_leaves_nothing_behind(tmp_path):
     assert attached(model) == ("a",)
     assert known(model).active == ("a",)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_still_train_are_read_without_their_graph():
+    """Right after training, what is trained in place asks for gradients: that is no matter of a conversion."""
+    model = shaken(tiny("bert"), Full(), "tuned", 1)
+    trainable(model, "tuned")
+    assert any(p.requires_grad for p in model.parameters())
+    with pytest.raises(ValueError, match="of full rank"):
+        to_lora(model, "tuned", drop=True)

@@ -6,10 +6,13 @@ import pytest
 import torch
 import transformers as hf
 
+import tiny_run as t
+import tiny_tokenizers as tt
 from conformance import logits
 from deltatune import IA3, Adapter, BitFit, LoRA, Prefix, Prompt, attach
 from deltatune.core.attach import parameters
 from deltatune.core.delta import Refusal
+from deltatune.core.registry import bound, spec
 from deltatune.core.slot import deltas
 from deltatune.methods import METHODS, build
 from models import inputs, tiny
@@ -168,3 +171,23 @@ def test_what_cannot_be_gated_is_refused():
         Gate(per="layer")
     with pytest.raises(ValueError, match=r"Gate of: \[\] gates nothing"):
         Gate(of=())
+
+
+@pytest.mark.parametrize("outer", ["gate", "spottune", "spottune over gate"])
+def test_words_of_what_is_inside_become_ids(outer):
+    """What a method holds is bound with it, however deep."""
+    tokenizer = tt.bert_like(t.WORDS)
+    method = Prefix(2, init="words", words="good film")
+    for name in reversed(outer.split(" over ")):
+        method = METHODS[name].cls(of=(method, LoRA(r=2)))
+    model = tiny("bert", vocab_size=len(tokenizer))
+    with pytest.raises(ValueError, match="not token ids yet"):
+        attach(model, method)
+    found = [bound(m, tokenizer) for m in (method, Prompt(3, init="text", text="it was"))]
+    attach(model, found)
+    inside = found[0]
+    while not isinstance(inside, Prefix):
+        inside = inside.of[0]
+    assert inside.ids == tuple(tokenizer("good film", add_special_tokens=False)["input_ids"])
+    assert len(found[1].ids) == 2
+    assert build(spec(found)) == tuple(found)  # what the manifest keeps

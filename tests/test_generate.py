@@ -429,3 +429,7 @@ def test_rows_on_different_adapters_keep_theirs_in_any_order(llama) -> None:
             assert generate(llama, TOK, prompts, replace(SHORT, batch_tokens=budget)) == alone
     with rows(llama, names), pytest.raises(ValueError, match="given 4 names for 3 rows"):
         generate(llama, TOK, prompts[:3], SHORT)
+    with rows(llama, ["a"]):  # one name is for all rows, however they are cut into batches
+        told = generate(llama, TOK, prompts, replace(SHORT, batch_tokens=20))
+    activate(llama, "a")
+    assert told == generate(llama, TOK, prompts, SHORT)

@@ -20,7 +20,19 @@ from deltatune.train.neftune import noise
 from toys import WIDTH, Journalist, Rows, Toy, loop, rows, same, toy, weights
 
 SPLITS = ([12], [6, 6], [5, 4, 3], [1] * 12, [11, 1], [2, 3, 7])
-STEP_KEYS = {"step", "loss", "lr", "grad_norm", "targets", "tokens", "seconds", "tokens_per_s", "accuracy"}
+STEP_KEYS = {
+    "step",
+    "loss",
+    "lr",
+    "grad_norm",
+    "targets",
+    "tokens",
+    "rows",
+    "seconds",
+    "tokens_per_s",
+    "rows_per_s",
+    "accuracy",
+}
 
 
 def cut(sizes: list[int]) -> list[Rows]:

@@ -315,16 +315,8 @@ def test_loading_decomposes_nothing(tmp_path, monkeypatch):
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    t.chat_model(folder / "model")
-    t.chat_rows(folder / "rows.jsonl", 12)
-    return folder
-
-
-def config(made: Path, method, **train):
-    return t.config(made / "model", str(made / "rows.jsonl"), method=method, train=train)
+made = t.made
+config = t.run_of
 
 
 def weights(folder: Path) -> dict:

@@ -320,8 +320,9 @@ WRONG = {
     "sound for a ViT": ("vit", "label", "classify", r"reads pictures, the row holds sound"),
     "text for a ViT": ("vit", "text", "classify", r"reads pictures, the row holds text alone"),
     "labels where a Whisper writes": ("whisper", "label", "sft", "a 'classification' row has no text"),
-    "pictures to write from": ("vit", "image", "sft", "(?s)Auto|language|SFT|ViT"),
-    "a cloze over pictures": ("vit", "image", {"cloze": {"labels": {"dark": "a", "bright": "b"}}}, "(?s)."),
+    "pictures to write from": ("vit", "image", "sft", "vit models.*pictures.*objective classify.* image and label"),
+    "pictures with two towers": ("clip", "image", "sft", "clip models.*objective classify.* image and label"),
+    "a cloze over pictures": ("vit", "image", {"cloze": {"labels": {"dark": "a", "bright": "b"}}}, "objective class"),
     "words asked of a sound": ("whisper", "audio", {"sft": {"template": "{prompt}"}}, "a template asks with"),
 }
 
@@ -332,7 +333,8 @@ def test_rows_that_a_model_cannot_take_are_refused_before_training(name, tmp_pat
     task = "classify" if objective == "classify" else "lm"
     made = {
         "bert": lambda: t.masked_model(tmp_path / "m", task), "llama": lambda: t.chat_model(tmp_path / "m"),
-        "vit": lambda: sighted(tmp_path / "m"), "whisper": lambda: whisper(tmp_path / "m", task),
+        "vit": lambda: sighted(tmp_path / "m"), "clip": lambda: sighted(tmp_path / "m", "clip"),
+        "whisper": lambda: whisper(tmp_path / "m", task),
     }  # fmt: skip
     rows = {
         "image": pictures, "audio": sounds, "label": lambda f, n: sounds(f, n, labelled=True),

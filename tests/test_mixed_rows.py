@@ -50,6 +50,32 @@ def test_every_pair_of_methods_shares_a_batch(model, first, second):
             assert (wanted - alone(model, None, lambda one=one: model(**one).logits[0])).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_one_name_is_for_every_row(model, name):
+    batch = {k: v for k, v in inputs(model, rows=3).items() if k != "labels"}
+    with rows(model, [name]):
+        together = model(**batch).logits
+    assert torch.allclose(together, alone(model, name, lambda: model(**batch).logits), atol=2e-5)
+    assert (together - alone(model, None, lambda: model(**batch).logits)).abs().amax((1, 2)).min() > 1e-3
+
+
+def flattened(layer, args):
+    """The layer sees tokens without their rows, as those of some models do."""
+    return (args[0].flatten(0, 1), *args[1:])
+
+
+@pytest.mark.parametrize("seq", [7, 8])  # 3 x 8 tokens divide by 2
+def test_names_that_do_not_fit_the_batch_are_refused_with_both_numbers(model, seq):
+    batch = {k: v for k, v in inputs(model, rows=3, seq=seq).items() if k != "labels"}
+    handles = [block.fc1.register_forward_pre_hook(flattened, prepend=True) for block in model.model.decoder.layers]
+    try:
+        with rows(model, ["lora", None]), pytest.raises(ValueError, match=r"2 names.*has 3 rows.*one name for all"):
+            model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def test_gradients_reach_each_rows_own_method_only(model):
     from deltatune.core.attach import parameters
 

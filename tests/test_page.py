@@ -37,6 +37,11 @@ def test_before_and_after_stand_side_by_side():
     assert "deltatune chat" in text
 
 
+def test_the_pace_of_pictures_is_in_rows():
+    assert "training 12.5 rows/s" in shown({"tokens_per_s": 0.0, "rows_per_s": 12.5})
+    assert "training 10 tokens/s" in shown({"rows_per_s": 12.5})
+
+
 def test_numbers_that_are_missing_are_a_dash_and_failures_are_told():
     text = shown({"before": {"loss": None}, "gain": {}, "failed": ["base: changed"]}, "unverified")
     assert "unverified" in text

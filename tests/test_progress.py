@@ -57,6 +57,14 @@ def test_peak_memory_has_one_unit():
     assert used["peak"] >= 0.9 * used["rss"]
 
 
+def test_pictures_go_by_rows():
+    meter = Meter()
+    meter.start({"step": 0, "steps": 4})
+    meter.add({"step": 1, "loss": 1.0, "tokens_per_s": 0.0, "rows_per_s": 1500.0, "seconds": 2.0})
+    assert "1,500 rows/s" in meter.parts(False)
+    assert not any("tok/s" in part for part in meter.parts(False))
+
+
 def test_a_meter_tells_the_time_left_and_the_next_save():
     clock = Clock()
     meter = Meter(save_every=10, clock=clock)

@@ -79,7 +79,7 @@ def test_entries_are_whole():
 
 def test_the_index_is_plain_and_names_presets():
     found = json.loads(json.dumps(index()))
-    assert found["methods"]["lora"]["fields"]["r"] == {"type": "int", "default": 8}
+    assert found["methods"]["lora"]["fields"]["r"] == {"type": "int", "default": 8, "least": 1}
     assert found["presets"]["mam"]["kind"] == "preset"
     assert set(found["methods"]) == set(METHODS)
 

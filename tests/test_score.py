@@ -39,6 +39,17 @@ def test_perplexity_beside_metrics_of_predictions(job):
     assert score(job, job.eval, predicts=False).predictions == []
 
 
+def test_each_tasks_metric_stands_beside_the_mean():
+    scored = Scored(1.0, {"exact_match": 0.5, "loss": 1.0}, ["a", "b", "c", "d"], ["a", "x", "c", "y"],
+                    tasks=("left", "right", "left", None))  # fmt: skip
+    assert scored.by_task == {
+        "left": {"rows": 2, "exact_match": 1.0},
+        "right": {"rows": 1, "exact_match": 0.0},
+        "no task": {"rows": 1, "exact_match": 0.0},
+    }
+    assert Scored(1.0, {"exact_match": 0.5}, ["a"], ["a"]).by_task == {}
+
+
 def test_numbers_json_cannot_hold_are_none():
     assert Scored(float("nan"), {"perplexity": math.inf}, [], []).numbers == {"loss": None, "perplexity": None}
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 
 import pytest
 import torch
@@ -44,18 +42,6 @@ def tensors(folder):
     return read_tensors(folder / "adapter", json.loads((folder / "adapter" / "deltatune.json").read_text()))
 
 
-class Stop:
-    """Asks the run to stop after its third step."""
-
-    def on_step(self, record):
-        if record["step"] == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def on_start(self, record): ...
-    def on_eval(self, record): ...
-    def on_end(self, record): ...
-
-
 @pytest.mark.parametrize("method", RUNS.values(), ids=RUNS)
 def test_a_run_is_verified_and_resumes_to_the_last_bit(made, method, tmp_path):
     assert run(job(made, method), out=tmp_path / "whole").status == "done"
@@ -63,7 +49,7 @@ def test_a_run_is_verified_and_resumes_to_the_last_bit(made, method, tmp_path):
     found = {check["name"]: check["ok"] for check in checks}
     assert [found[name] for name in ("saved", "reload", "base")] == [True] * 3, checks
     assert found["merge"] is (True if "select" in method else None), checks
-    assert run(job(made, method), out=tmp_path / "cut", observers=[Stop()]).status == "interrupted"
+    assert run(job(made, method), out=tmp_path / "cut", observers=[t.Stop()]).status == "interrupted"
     assert resume(tmp_path / "cut").status == "done"
     ours, theirs = tensors(tmp_path / "whole"), tensors(tmp_path / "cut")
     assert list(ours) == list(theirs)
@@ -71,7 +57,7 @@ def test_a_run_is_verified_and_resumes_to_the_last_bit(made, method, tmp_path):
 
 
 def test_resuming_takes_the_choice_from_the_checkpoint_and_looks_at_no_row_again(made, tmp_path, monkeypatch):
-    run(job(made, RUNS["select fisher"]), out=tmp_path / "cut", observers=[Stop()])
+    run(job(made, RUNS["select fisher"]), out=tmp_path / "cut", observers=[t.Stop()])
     monkeypatch.setattr("deltatune.methods.select.gradients", lambda *_: pytest.fail("rows were looked at again"))
     assert resume(tmp_path / "cut").status == "done"
 

@@ -93,7 +93,7 @@ def test_rows_of_a_batch_that_a_model_flattened_or_expanded():
     y = layer(torch.ones(6, 4))  # three tokens (or beams) of each row, side by side
     assert y.shape == (6, 4)
     assert y[:, 0].tolist() == [11, 11, 11, 2, 2, 2]
-    with pytest.raises(ValueError, match="2 names, but a layer sees a batch of 5"):
+    with pytest.raises(ValueError, match="2 names, but the batch has 5 rows"):
         layer(torch.ones(5, 4))
     assert by_row(torch.ones(6, 4), 2).shape == (2, 3, 4)
 

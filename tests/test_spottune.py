@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from conformance import logits
-from deltatune import BitFit, Freeze, LoRA, Prefix, activate, attach, detach, disabled, load, rows, save
+from deltatune import Adapter, BitFit, Freeze, LoRA, Prefix, activate, attach, detach, disabled, load, rows, save
 from deltatune.core.attach import packing, parameters
 from deltatune.core.attention import packed, positions
 from deltatune.core.delta import Refusal
-from deltatune.core.routing import Block, Policy, Routed
-from deltatune.core.slot import deltas
+from deltatune.core.routing import Beside, Block, Policy, Routed
+from deltatune.core.slot import deltas, slots
 from deltatune.methods import METHODS
 from models import inputs, tiny
 
@@ -296,9 +296,38 @@ def test_biases_of_a_block_are_routed_beside_it():
     torch.testing.assert_close(routed[1:], logits(tiny("bert", dtype=torch.float64), given)[1:], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "bert", "t5"])
+@pytest.mark.parametrize("of", [Adapter(4, init="normal", init_std=0.2, norms=True), BitFit(create=True)], ids=str)
+def test_norms_and_biases_outside_the_blocks_are_for_all_sequences(family, of):
+    """A sequence that no changed block is chosen for gets them alone; the base keeps its own."""
+    model, plain = stirred(family, SpotTune(of=(of,), hidden=5)), tiny(family, dtype=torch.float64)
+    assert all(torch.equal(p, model.get_parameter(n)) for n, p in plain.named_parameters())
+    given = {k: v for k, v in inputs(model, rows=2).items() if k != "labels"}
+    wide = len(policy_of(model).blocks)
+    decide(model, [[False] * wide, [True] * wide])
+    routed = logits(model, given)
+    outside = [(s, d) for s, d in slots_of(model) if isinstance(d, Beside)]
+    assert bool(outside) == isinstance(of, Adapter) or family in ("opt", "bert")
+    with torch.no_grad():
+        for site, delta in outside:
+            for name, value in delta.named_parameters():
+                plain.get_submodule(site).get_parameter(name).copy_(value)
+    torch.testing.assert_close(routed[:1], logits(plain, given)[:1], rtol=0, atol=1e-10)
+    assert (routed[1:] - logits(plain, given)[1:]).abs().max() > 1e-3
+    with rows(model, ["default", None]):
+        decide(model, [[False] * wide])
+        mixed = logits(model, given)
+    torch.testing.assert_close(mixed[:1], routed[:1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(mixed[1:], logits(tiny(family, dtype=torch.float64), given)[1:], rtol=0, atol=1e-10)
+
+
+def slots_of(model):
+    return [(path, d) for path, slot in slots(model).items() for d in slot.of("default")]
+
+
 REFUSED = [
-    ((BitFit(),), {}, "the change must lie in a block.*InPlace.* at .*embeddings"),
-    ((METHODS["prompt"].cls(2),), {}, "the change must lie in a block.*Rows"),
+    ((METHODS["prompt"].cls(2),), {}, r"outside, only norms and biases.*Rows.*\[spottune, prompt\] in a list"),
+    ((Freeze(names=(".*word_embeddings.*",)),), {}, r"outside, only .*InPlace at .*\[spottune, freeze\]"),
     ((Prefix(2),), {"level": "delta"}, "KeysValues.*What works: level .block."),
 ]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -148,16 +146,8 @@ def test_a_delta_alone_knows_the_inner_ones_penalty():
 
 
 # ---- what a run checks -----------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("made")
-    t.chat_model(folder / "model")
-    t.chat_rows(folder / "rows.jsonl", 12)
-    return folder
-
-
-def config(made: Path, method, **train):
-    return t.config(made / "model", str(made / "rows.jsonl"), method=method, train=train)
+made = t.made
+config = t.run_of
 
 
 def test_every_budget_has_to_move(made):

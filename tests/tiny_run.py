@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 import models
 import tiny_tokenizers as tt
@@ -81,3 +85,29 @@ def config(model: Path, rows: str, held: str = "", **over: Any) -> Config:
         sections[key] = {**sections[key], **value} if mapping else value
     data = {"train": rows, **({"eval": held} if held else {}), **sections.pop("data", {})}
     return Config(model=str(model), data=data, **sections)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny chat model and 12 rows; a test module takes it as `made = tiny_run.made`."""
+    folder = tmp_path_factory.mktemp("made")
+    chat_model(folder / "model")
+    chat_rows(folder / "rows.jsonl", 12)
+    return folder
+
+
+def run_of(folder: Path, method: Any, **train: Any) -> Config:
+    """A short run of `method` on what `made` has made."""
+    return config(folder / "model", str(folder / "rows.jsonl"), method=method, train=train)
+
+
+class Stop:
+    """An observer that asks the run to stop after its third step."""
+
+    def on_step(self, record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_start(self, record: dict[str, Any]) -> None: ...
+    def on_eval(self, record: dict[str, Any]) -> None: ...
+    def on_end(self, record: dict[str, Any]) -> None: ...

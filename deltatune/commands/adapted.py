@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -100,10 +100,23 @@ def evaluate(
     if machine():
         emit(result)
         return
+    for line in measured({key: value for key, value in result.items() if key != "notes"}):
+        screen().print(plain(line), markup=False)
+
+
+def measured(result: Mapping[str, Any]) -> Iterator[str]:
+    """What was measured, a line for each number, its 95 % interval behind it."""
+    between = result.get("intervals") or {}
     for key, value in result.items():
-        if key == "notes":
+        if key == "intervals":
             continue
-        screen().print(plain(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"), markup=False)
+        if key in between and isinstance(value, float):
+            low, high = between[key]
+            yield f"{key}: {value:.4f} (95 % interval {low:.4f} to {high:.4f})"
+        elif isinstance(value, Mapping):
+            yield from (f"{key} {line}" for line in measured(value))
+        else:
+            yield f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}"
 
 
 def prompts_of(ref: str, record: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:

@@ -189,11 +189,10 @@ COMMANDS: dict[str, Callable[[Chat, str], bool | None]] = {
 
 @dataclass(frozen=True)
 class Voice:
-    """How a model answers: its longest answer, the seed, whether prompts are plain, and which soft prompts."""
+    """How a model answers: its longest answer, the seed, and which soft prompts."""
 
     max_new_tokens: int
     seed: int = 0
-    plain: bool = False
     prompt: int | None = None  # of several soft prompts
     task: str | None = None
     combine: str | None = None
@@ -211,7 +210,7 @@ def speaker(model: Any, tokenizer: Any, voice: Voice) -> Speaker:
         if adapter:
             decoding = replace(decoding, prompt=voice.prompt, task=voice.task, combine=voice.combine)
         prompt: Any = list(messages)
-        if adapter and (voice.plain or plain_prompts(model)):
+        if adapter and plain_prompts(model):
             prompt = messages[-1]["content"]
         elif not getattr(tokenizer, "chat_template", None):
             prompt = "\n".join(message["content"] for message in messages)
@@ -296,7 +295,7 @@ def chat(
     with quiet():
         loaded, tokenizer, record = opened(model, adapter)
         console, has = screen(), adapter is not None
-        speak = speaker(loaded, tokenizer, Voice(max_new_tokens, seed, False, soft_prompt, task, combine))
+        speak = speaker(loaded, tokenizer, Voice(max_new_tokens, seed, soft_prompt, task, combine))
         talk = Chat(speak, console, opener(loaded, tokenizer), has, has, temperature, system)
         if record.get("plain"):
             talk.tell("trained on plain prompts: your last message goes in as it is, without the chat template")

@@ -49,9 +49,9 @@ def check(
         goal = build(block)
     tokenizer, encoding, kind = None, Encoding(), "causal"
     if model is not None:
+        from deltatune.core.places import places
         from deltatune.data.media import reader
         from deltatune.objectives.common import family
-        from deltatune.train.lengths import places
         from deltatune.train.opening import model_config, open_tokenizer
         from deltatune.zoo import model_path
 

@@ -27,13 +27,13 @@ def surveyed(model: str | None, only: str | None = None) -> dict[str, dict[str, 
         return {}
     import torch
 
+    import deltatune.methods  # noqa: F401 (fills the registry)
     from deltatune.core.delta import Refusal
-    from deltatune.core.registry import fits
-    from deltatune.methods import METHODS, PRESETS
+    from deltatune.core.registry import survey
 
     with torch.device("meta"):  # the architecture decides: no weights are read, no memory is taken
         base = skeleton(model)
-        found = {name: fits(base, name) for name in ([only] if only else [*METHODS, *PRESETS])}
+        found = survey(base, only)
     return {
         name: facts if isinstance(facts, dict) else {"refused" if isinstance(facts, Refusal) else "needs": str(facts)}
         for name, facts in found.items()

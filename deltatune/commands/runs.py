@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from deltatune.blocks import called
 from deltatune.commands.methods import Json
 from deltatune.commands.shell import emit, machine, main, screen
 from deltatune.marks import nearest, read_file
@@ -44,7 +45,11 @@ def settings(folder: Path) -> dict[str, Any]:
     model, method = tree.get("model"), tree.get("method") or "lora"
     parts = method if isinstance(method, list) else [method]
     names = [next(iter(part), "?") if isinstance(part, dict) else str(part) for part in parts]
-    return {"model": model.get("name") if isinstance(model, dict) else model, "method": "+".join(map(str, names))}
+    chosen = [str(name) for name in tree.get("presets") or ()]
+    return {
+        "model": model.get("name") if isinstance(model, dict) else model,
+        "method": called(chosen, [str(name) for name in names]),
+    }
 
 
 def status(folder: Path, measured: dict[str, Any]) -> str:

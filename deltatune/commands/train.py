@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,10 @@ from deltatune.config import Config, ConfigError, Override, dump, load, resolve
 from deltatune.marks import Problem, read_value
 
 Out = Annotated[
-    Path | None, typer.Option("--out", help="The run folder itself (left out: runs/<time>-<method>-<model>).")
+    Path | None,
+    typer.Option(
+        "--out", help="The run folder itself; left out: a new one, <time>-<method>-<model>, in output.dir (runs)."
+    ),
 ]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="a.b=value over the file, with a YAML value; repeatable.")
@@ -102,6 +105,9 @@ def train(
         return
     loaded = load(config, over)
     resolved = resolve(loaded.config)
+    there(resolved.config)
+    if out is not None and resolved.config.output.dir is not None:
+        note(f"--out {out} is the run's folder: output.dir {resolved.config.output.dir} is not used")
     for line in (*loaded.notes, *(f"chosen: {choice}" for choice in resolved.chosen), batch_line(resolved.config)):
         note(line)
     if dry_run:
@@ -110,6 +116,22 @@ def train(
     from deltatune.train.run import run
 
     finish(run(resolved.config, out=out, observers=observers(resolved.config)))
+
+
+def there(config: Config) -> None:
+    """ValueError for a local model or local rows that are not there: before torch is loaded or anything is fetched."""
+    from deltatune.data.problems import Problems
+    from deltatune.data.sources import files, is_hub, task_of
+    from deltatune.zoo import HUB_ID, model_path
+
+    name, problems = config.model.name, Problems()
+    local = Path(name).expanduser().exists() or not HUB_ID.match(name)
+    if local and not name.startswith("pypi:") and not name.endswith(".gguf"):
+        model_path(name)
+    refs = [*config.data.train, *config.data.eval, *(ref for named in config.data.ood.values() for ref in named)]
+    for _, ref in map(task_of, refs):
+        if ref != "-" and not ref.startswith("pypi:") and not is_hub(ref):
+            files(ref, problems)
 
 
 def batch_line(config: Config) -> str:
@@ -139,8 +161,28 @@ def foresee(config: Any, chosen: Sequence[str]) -> None:
         emit({"config": config.model_dump(), "chosen": list(chosen), "plan": predicted})
         return
     screen().print(dump(config), markup=False, soft_wrap=True)
-    for key, value in predicted.items():
-        screen().print(f"{key}: {value}", markup=False, soft_wrap=True)
+    for line in foreseen(predicted):
+        screen().print(line, markup=False, soft_wrap=True)
+
+
+def foreseen(plan: Mapping[str, Any]) -> Iterator[str]:
+    """What a run would do and need, as people read it."""
+    rows, tokens = plan["rows"], plan["tokens"]
+    yield f"rows: {rows:,} of {tokens:,} tokens, {plan['learned_tokens']:,} of them learned; {plan['steps']:,} steps"
+    yield f"trained: {millions(plan['trainable_parameters'])} parameters, in {plan['dtype']}"
+    need = plan["predicted_memory_bytes"]
+    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in need.items() if name != "total")
+    yield f"memory: {gigabytes(need['total'])} predicted ({parts}), {gigabytes(plan['free_memory_bytes'])} free"
+    yield from (f"note: {text}" for text in plan["notes"])
+
+
+def millions(count: int) -> str:
+    """1234567 -> '1.23 M'; small counts as they are."""
+    return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,}"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
 
 @main.command()

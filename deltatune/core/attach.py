@@ -15,8 +15,9 @@ from . import attention
 from .delta import SLOT, Delta, Given, Refusal, inmost
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
+from .places import tabled
 from .quant import steady
-from .site import Site, common, parts, stem
+from .site import UNCALLED, Site, common, parts, stem
 from .slot import Slot, Tap, deltas, slots
 from .state import STATE, State
 
@@ -131,7 +132,7 @@ def begin(model: nn.Module) -> State:
         vocab = getattr(model, "deltatune_vocab", None)
         state = State(fingerprint(model, vocab), {n: p.requires_grad for n, p in model.named_parameters()}, vocab)
         setattr(model, STATE, state)
-        inner = stem(model)
+        inner, state.room = stem(model), tabled(model)
         state.handles = [
             inner.register_forward_pre_hook(state.shift, with_kwargs=True),
             inner.register_forward_hook(state.watch),
@@ -348,6 +349,8 @@ def check_rows(touched: dict[str, Slot], names: tuple[str, ...]) -> None:
                 refuse_rows(delta)
             if delta.alone:
                 raise Refusal(f"{delta.alone}.", found=delta.site.write, instead="activate() one adapter at a time")
+            if isinstance(delta, InPlaceBias) and UNCALLED.search(delta.site.write):
+                refuse_rows(delta)
 
 
 def check_owners(model: nn.Module, touched: dict[str, Slot], names: tuple[str, ...]) -> None:
@@ -389,6 +392,12 @@ def takes_packed(model: nn.Module) -> bool:
     return state is not None and state.packing
 
 
+def shifted(model: nn.Module) -> int:
+    """How many positions the active prefixes take before the first real token."""
+    state: State | None = getattr(model, STATE, None)
+    return state.moved() if state else 0
+
+
 @contextmanager
 def restored(model: nn.Module) -> Iterator[nn.Module]:
     """Whatever is switched inside is switched back on leaving."""
@@ -414,7 +423,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """Row i of the batch runs adapter names[i]; None is the base. Refusal for adapters that trained weights in place.
 
-    A batch of n len(names) rows counts as n copies of each row side by side, as beams are.
+    One name is for every row of a batch of any size. A batch of n len(names) rows counts as n copies of each row side
+    by side, as beams are; any other number is a ValueError with both numbers.
     """
     if not names:
         raise ValueError("rows() was given 0 names: give one name per row of the batch (None: the base)")
@@ -430,9 +440,11 @@ def rows_of(model: nn.Module, chosen: Sequence[int], count: int) -> Iterator[nn.
     if state is None or state.rows is None:
         yield model
         return
-    if len(state.rows) != count:
-        raise ValueError(f"rows() was given {len(state.rows)} names for {count} rows: give one name per row")
-    with rows(model, [state.rows[i] for i in chosen]):
+    if len(state.rows) not in (1, count):
+        raise ValueError(
+            f"rows() was given {len(state.rows)} names for {count} rows: give one name per row, or one for all of them"
+        )
+    with rows(model, [state.rows[i if len(state.rows) > 1 else 0] for i in chosen]):
         yield model
 
 

@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .delta import SLOT, Refusal
-from .site import name_of, pairs, towers
+from .site import added, input_layer, name_of, pairs, towers, trunk
 
 IMPLEMENTATION = "deltatune"  # the name it is registered under in transformers
 CROSS = frozenset(("EncDecAttention", "encoder_attn", "crossattention", "cross_attn"))
@@ -320,7 +320,7 @@ def keys_values(model: nn.Module, inputs: Mapping[str, Tensor]) -> Seen:
     previous, training = use_attention(model), model.training
     token = _SEEN.set(found)
     try:
-        model.eval()(**inputs)
+        trunk(model.eval())(**inputs)
     finally:
         _SEEN.reset(token)
         model.train(training)
@@ -347,7 +347,7 @@ def attention_modules(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
         raise Refusal(
             "this model has no attention layer, so there are no keys and values to put a prefix in front of.",
             found=f"{type(model).__name__} without a module called attention",
-            instead="LoRA, an adapter or BitFit, which change any layer; Prompt, where there is a token embedding",
+            instead=added(model) + ("; Prompt" if isinstance(input_layer(model), nn.Embedding) else ""),
         )
     two, both = pairs(model), [name_of(model, tower) for tower in towers(model)]
 

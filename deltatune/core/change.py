@@ -99,7 +99,7 @@ def changed_at(model: nn.Module, path: str, deltas: Sequence[Delta]) -> dict[str
 
 
 def original(layer: nn.Module, key: str) -> Tensor:
-    return (dense(layer).weight if key == "weight" else layer.get_parameter(key)).double()
+    return (dense(layer).weight if key == "weight" else layer.get_parameter(key)).detach().double()
 
 
 def values(layer: nn.Module, delta: Delta, now: Mapping[str, Tensor], ran: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ __all__ = ["CONFIG", "TENSORS", "methods", "read", "resize", "strict", "writable
 
 TASKS = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForConditionalGeneration": "SEQ_2_SEQ_LM"}
 GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+# peft refuses these of state-space models, whose fused kernel reads their weights while it trains
+UNTOLD = re.compile(r"(^|\.)(mixer|mamba)\.(out_proj|conv1d)$")
 
 
 def writable(model: nn.Module, name: str) -> str | None:
@@ -40,6 +43,8 @@ def writable(model: nn.Module, name: str) -> str | None:
     if len(methods) != 1:
         return None
     (only,) = methods
+    if isinstance(only, LoRA | AdaLoRA) and any(UNTOLD.search(layer) for layer in body(model, name)):
+        return None
     if isinstance(only, LoRA):
         return "LORA"
     if isinstance(only, AdaLoRA) and peft_lora.separable(body(model, name)):
@@ -49,7 +54,8 @@ def writable(model: nn.Module, name: str) -> str | None:
     alone = len(known(model, name).methods[name]) == 1
     if isinstance(only, Prefix) and alone and task(model) == "CAUSAL_LM" and as_peft(model, name, only):
         return "PREFIX_TUNING"
-    if not isinstance(only, Prompt | PTuning) or not alone or task(model) not in GENERATES:
+    headed = hasattr(model.config, "num_attention_heads")  # peft wants to know it of every soft prompt
+    if not isinstance(only, Prompt | PTuning) or not alone or not headed or task(model) not in GENERATES:
         return None
     return "PROMPT_TUNING" if all(d.count == 1 and not d.encoded for d in all_of(model, name, Rows)) else None
 

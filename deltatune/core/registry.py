@@ -74,9 +74,27 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
         low, high = {**known, **facts}.get("lr_range", EVERY)
         METHODS[name] = Entry(name, cls, paper, kind, **{**known, **facts, "lr_range": (float(low), float(high))})
         cls.method_name = name  # type: ignore[attr-defined]
+        if inner_fields(cls) and not hasattr(cls, "bind"):
+            cls.bind = bind_inner  # type: ignore[attr-defined]
         return cls
 
     return register
+
+
+def inner_fields(cls: type) -> set[str]:
+    """The fields of a method that hold other methods."""
+    return {f.name for f in dataclasses.fields(cls) if f.metadata.get("methods")}
+
+
+def bind_inner(self: Any, tokenizer: Any) -> Any:
+    """The `bind` of methods that hold others: what is inside, with its words as token ids."""
+    found = {key: tuple(bound(m, tokenizer) for m in getattr(self, key)) for key in inner_fields(type(self))}
+    return dataclasses.replace(self, **found)
+
+
+def bound(method: Any, tokenizer: Any) -> Any:
+    """A method with its words as token ids, where it has words."""
+    return method.bind(tokenizer) if hasattr(method, "bind") else method
 
 
 def nearest(word: str, choices: Sequence[str]) -> str:
@@ -133,13 +151,15 @@ def build(spec: Any) -> tuple[Any, ...]:
 def build_one(name: str, fields: dict[str, Any]) -> Any:
     if name not in METHODS:
         choices = [*METHODS, *PRESETS]
-        raise ValueError(f"unknown method {name!r}.{nearest(name, choices)} Methods: {', '.join(choices)}")
+        raise ValueError(
+            f"unknown method {name!r}.{nearest(name, choices)} `deltatune methods` lists all {len(choices)}"
+        )
     cls = METHODS[name].cls
     have = [f.name for f in dataclasses.fields(cls)]
     for key in fields:
         if key not in have:
             raise ValueError(f"method {name!r} has no field {key!r}.{nearest(key, have)} Its fields: {', '.join(have)}")
-    inner = {f.name for f in dataclasses.fields(cls) if f.metadata.get("methods")}
+    inner = inner_fields(cls)
     return cls(**{k: build(v) if k in inner else tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
@@ -216,9 +236,31 @@ def form(cls: type) -> dict[str, Any]:
     """A configuration class as data: its first line, and every field with type and default."""
     shown = [f for f in dataclasses.fields(cls) if not f.metadata.get("internal")]
     fields = {f.name: {"type": str(f.type), "default": default_of(f)} for f in shown}
-    for f in (f for f in shown if f.metadata.get("methods")):
-        fields[f.name]["methods"] = True
+    for f in shown:
+        fields[f.name] |= {"methods": True} if f.metadata.get("methods") else lowest(cls, f)
     return {"doc": (cls.__doc__ or "").strip().splitlines()[0], "fields": fields}
+
+
+def lowest(cls: type, field: dataclasses.Field) -> dict[str, int]:
+    """The least number that a class takes for a field, as it says itself: {"least": n}, {"above": 0} or {}."""
+    kinds = {part.strip() for part in str(field.type).split("|")}
+    if not kinds & {"int", "float"}:
+        return {}
+
+    def refuses(value: float) -> bool:
+        try:
+            cls(**{field.name: value})
+        except ValueError:
+            return True
+        except TypeError:  # another field must be given
+            return False
+        return False
+
+    if refuses(1):  # it depends on other fields
+        return {}
+    if "float" in kinds:
+        return {"above": 0} if refuses(0.0) else {"least": 0} if refuses(-1.0) else {}
+    return {"least": 1} if refuses(0) else {"least": 0} if refuses(-1) else {}
 
 
 def default_of(field: dataclasses.Field) -> Any:
@@ -232,10 +274,11 @@ def refused(model: nn.Module) -> dict[str, Refusal]:
     return {name: why for name, why in found.items() if isinstance(why, Refusal)}
 
 
-def survey(model: nn.Module) -> dict[str, Any]:
-    """Method or preset, with its defaults -> what it is on this model ({"sites": {layer of a block: how many},
-    "parameters": trainable numbers}), or the error that says why not. A model on the meta device is enough."""
-    return {name: fits(model, name) for name in (*METHODS, *PRESETS)}
+def survey(model: nn.Module, only: str | None = None) -> dict[str, Any]:
+    """Method or preset (all, or `only` one), with its defaults -> what it is on this model ({"sites": {layer of a
+    block: how many}, "parameters": trainable numbers}), or the error that says why not. A model on the meta device is
+    enough."""
+    return {name: fits(model, name) for name in ([only] if only else [*METHODS, *PRESETS])}
 
 
 def fits(model: nn.Module, name: str) -> dict[str, Any] | Refusal | ValueError:
@@ -247,9 +290,11 @@ def fits(model: nn.Module, name: str) -> dict[str, Any] | Refusal | ValueError:
     try:
         for part in build(name):
             for site, delta in part.deltas(model):
+                own = delta.trained(model.get_submodule(site.write))
+                if not own:  # it watches
+                    continue
                 kind = site.key.removeprefix(f"{block_of(f'{site.write}.')}.")  # the same in every block
                 sites[kind] = sites.get(kind, 0) + 1
-                own = delta.trained(model.get_submodule(site.write))
                 trained |= {id(parameter): parameter.numel() for parameter in own.values()}
                 kept.append(delta)
     except (Refusal, ValueError) as error:

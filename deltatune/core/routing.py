@@ -17,6 +17,7 @@ from .delta import SLOT, Delta, Refusal, Wrapped, overrides
 from .site import (
     Site,
     block_of,
+    blocks,
     layers,
     name_of,
     pairs,
@@ -68,6 +69,47 @@ class Watch(Delta):
         self.now.mask = pick(mask).bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
+class Replay(Watch):
+    """Sits at a block: where checkpointing runs it again in the backward pass, what held at its first run holds again.
+
+    A loss may be of several forward passes (a chosen and a rejected answer), of which the last is what holds then.
+    """
+
+    def __init__(self, nows: tuple[Now, ...]):
+        super().__init__(nows[0])
+        self.nows = nows
+
+    def look(self, layer: Any, given: Call, pick: Callable[[Tensor], Tensor]) -> None:
+        if not (layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()):
+            return
+        checkpoint, held = layer._gradient_checkpointing_func, [dict(vars(now)) for now in self.nows]
+
+        def kept(run: Callable[..., Any], *args: Any) -> Any:
+            """In place of the block's own `checkpoint`, this once."""
+            layer._gradient_checkpointing_func = checkpoint
+
+            def again(*given: Any) -> Any:
+                for now, was in zip(self.nows, held, strict=True):
+                    vars(now).update(was)
+                return run(*given)
+
+            return checkpoint(again, *args)
+
+        layer._gradient_checkpointing_func = kept
+
+
+def replayed(model: nn.Module, *nows: Now) -> Iterator[tuple[Site, Delta]]:
+    """What to put in so that `nows` are right in blocks that run again."""
+    for name in blocks(model):
+        yield Site(name, name), Replay(nows)
+
+
+def watches(model: Any, now: Now) -> Iterator[tuple[Site, Delta]]:
+    """What one policy or gate over the whole model needs to have put in."""
+    yield watched(model, now)
+    yield from replayed(model, now)
+
+
 def watched(model: Any, now: Now, decoder: bool = False) -> tuple[Site, Delta]:
     """The watch at the stack that reads the input: the trunk, or the encoder of an encoder-decoder (or its decoder)."""
     source = stem(model)
@@ -90,10 +132,11 @@ def readings(model: Any, pool: int | None) -> tuple[list[tuple[Site, Delta]], Ca
     first: Reading = (Now(), pool if pool or reads_ahead(model) else 16)
     if both := towers(model):
         own: dict[str, Reading] = {name_of(model, tower): (Now(), first[1]) for tower in both}
-        watches = [watch(model, model.get_submodule(name), now) for name, (now, _) in own.items()]
-        return watches, lambda site: own[parts(site.read)[0]]
+        found = [watch(model, model.get_submodule(name), now) for name, (now, _) in own.items()]
+        found += replayed(model, *(now for now, _ in own.values()))
+        return found, lambda site: own[parts(site.read)[0]]
     if not pairs(model):
-        return [watched(model, first[0])], lambda site: first
+        return list(watches(model, first[0])), lambda site: first
     second: Reading = (Now(), 1)
     decoder = parts(name_of(model, model.get_decoder()))
 
@@ -102,7 +145,8 @@ def readings(model: Any, pool: int | None) -> tuple[list[tuple[Site, Delta]], Ca
         crossed = not CROSS.isdisjoint(where) and (plays(site.read, "k") or plays(site.read, "v"))
         return second if where[: len(decoder)] == decoder and not crossed else first
 
-    return [watched(model, first[0]), watched(model, second[0], decoder=True)], reading
+    found = [watched(model, first[0]), watched(model, second[0], decoder=True)]
+    return [*found, *replayed(model, first[0], second[0])], reading
 
 
 def hidden_size(attention: nn.Module) -> int:

@@ -46,9 +46,13 @@ ROLES = {
     "v": r"(v_proj|value|v|v_lin)",
     "o": r"((self_attn|encoder_attn|attn|attention|SelfAttention|EncDecAttention)"
     r"\.(o_proj|out_proj|c_proj|o|out_lin|dense|Wo)|attention\.output\.dense)",
-    "up": r"(gate_proj|up_proj|gate_up_proj|fc1|mlp\.c_fc|wi|wi_0|wi_1|lin1|dense_h_to_4h|intermediate\.dense|mlp\.Wi)",
-    "down": r"(down_proj|fc2|mlp\.c_proj|wo|lin2|dense_4h_to_h|(?<!attention\.)output\.dense|mlp\.Wo)",
+    "up": r"(gate_proj|up_proj|gate_up_proj|fc1|mlp\.c_fc|wi|wi_0|wi_1|lin1|dense_h_to_4h|intermediate\.dense|mlp\.Wi"
+    r"|(mixer|mamba)\.in_proj)",  # a state-space block is a gated feed-forward layer around its recurrence
+    "down": r"(down_proj|fc2|mlp\.c_proj|wo|lin2|dense_4h_to_h|(?<!attention\.)output\.dense|mlp\.Wo"
+    r"|(mixer|mamba)\.out_proj)",
 }
+# layers whose weights their model reads without calling them, so that no hook of theirs ever runs
+UNCALLED = re.compile(r"(^|\.)(mixer|mamba)\.(conv1d|dt_proj)$")
 FUSED = re.compile(r"(^|\.)(c_attn|qkv_proj|query_key_value|Wqkv)$")
 ATTENTION, FFN = ("q", "k", "v", "o"), ("up", "down")
 GROUPS = {"attention": ATTENTION, "ffn": FFN, "all": ATTENTION + FFN}
@@ -151,14 +155,23 @@ def find(model: nn.Module, target: str) -> list[Site]:
     if target == "norm":
         found = [Site(name, name) for name, layer in layers(model) if is_norm(layer) and block_of(name)]
     elif target in GROUPS:
-        found = [Site(name, name) for name in block_linears(model) if any(plays(name, role) for role in GROUPS[target])]
+        found = [Site(name, name) for name in of_group(model, target)]
     elif target in ROLES:
         found = list(role_sites(model, target))
     else:
         found = [Site(name, name) for name in named(model, target)]
+    if not found and target in CHOICES:
+        raise unplayed(model, target)
     if not found:
         raise ValueError(no_match(model, target))
     return found
+
+
+def of_group(model: nn.Module, group: str) -> list[str]:
+    """The layers that play a role of `group`; of a model whose names tell no role at all, 'all' is every linear one."""
+    linears = block_linears(model)
+    known = [name for name in linears if any(plays(name, role) for role in GROUPS[group])]
+    return known or [name for name in linears if group == "all" and not UNCALLED.search(name)]
 
 
 def plays(name: str, role: str) -> bool:
@@ -197,15 +210,43 @@ def named(model: nn.Module, target: str) -> list[str]:
 
 def no_match(model: nn.Module, target: str) -> str:
     """The error for a target that matches nothing: what there is, the nearest names, the way out."""
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)})
+    leaves = leaves_of(model)
     near = [n for n in difflib.get_close_matches(target, [*CHOICES, *leaves], n=3, cutoff=0.5) if n != target]
     hint = f" Did you mean {', '.join(map(repr, near))}?" if near else ""
-    stacked = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
-    moe = f" (its experts are 3-D parameters such as {stacked[0]!r}, which no method adapts yet)" if stacked else ""
     return (
-        f"target {target!r} matches no layer of {type(model).__name__}{moe}.{hint} "
+        f"target {target!r} matches no layer of {type(model).__name__}{experts(model)}.{hint} "
         f"Roles: {', '.join(CHOICES)}. Layer names in its blocks: {', '.join(leaves)}. A regex must match a whole name."
     )
+
+
+def unplayed(model: nn.Module, role: str) -> Refusal:
+    """For a known role (or group of them) that no layer of the model plays: those that its layers do play."""
+    have = [r for r in ROLES if any(plays(name, r) for name in block_linears(model))]
+    groups = [g for g, inside in GROUPS.items() if set(inside) & set(have)]
+    said = f"the roles that its layers play ({', '.join((*have, *groups))}), such as " if have else ""
+    return Refusal(
+        f"target {role!r} matches no layer of {type(model).__name__}{experts(model)}: none plays that role.",
+        found=f"linear layers in its blocks called {', '.join(leaves_of(model)) or 'nothing: there are none'}",
+        instead=said + added(model),
+    )
+
+
+def added(model: nn.Module) -> str:
+    """Changes of single layers that this model takes whether or not it has attention."""
+    have = {r for r in FFN if any(plays(name, r) for name in block_linears(model))}
+    if have != set(FFN):
+        return "LoRA over layers by name, or by a regex over whole names"
+    return 'LoRA(targets=("all",)), Adapter(where=("ffn",)), IA3(outputs=("down",))'
+
+
+def experts(model: nn.Module) -> str:
+    """What an error adds where a model has experts that no method reaches."""
+    stacked = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+    return f" (its experts are 3-D parameters such as {stacked[0]!r}, which no method adapts yet)" if stacked else ""
+
+
+def leaves_of(model: nn.Module) -> list[str]:
+    return sorted({name.rsplit(".", 1)[-1] for name in block_linears(model)})
 
 
 def linear_at(model: nn.Module, targets: Iterable[str], who: str) -> list[Site]:
@@ -218,6 +259,12 @@ def linear_at(model: nn.Module, targets: Iterable[str], who: str) -> list[Site]:
                 f"{who} changes linear layers, and a target is none.",
                 found=f"{site.write}: {type(layer).__name__}",
                 instead="linear targets (a role such as 'q' or 'all'); NewTokens for embeddings, Freeze for norms",
+            )
+        if UNCALLED.search(site.write):
+            raise Refusal(
+                f"{who} changes what a layer puts out, and this one is never called: the model reads its weight.",
+                found=site.write,
+                instead="targets 'all', or 'in_proj', 'x_proj', 'out_proj'; Full, Freeze or BitFit train it in place",
             )
     return found
 

@@ -89,12 +89,26 @@ class Slot(nn.ModuleDict):
         return bool(self.attending)
 
     def pre(self, layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not self.befores:
-            return None
         x = args[0]
         for name, delta in self.befores:
             x = self.on_rows(name, x, lambda part, _, d=delta: d.before(layer, part))
-        return (x, *args[1:])
+        if isinstance(layer, nn.Embedding) and (x.is_cpu or not torch.is_grad_enabled()):
+            self.check_ids(layer, x)  # not where a GPU trains, which would wait for the answer
+        return (x, *args[1:]) if self.befores else None
+
+    def check_ids(self, layer: nn.Embedding, ids: Tensor) -> None:
+        """ValueError for ids [rows, ...] past the vocabulary that no adapter running on their row has vectors for."""
+        beyond = ids >= layer.num_embeddings
+        if not beyond.any():
+            return
+        row, first = int(beyond.reshape(len(ids), -1).any(1).nonzero()[0]), int(ids[beyond][0])
+        owners = {n: [i for d in self.of(n) for i in getattr(d, "virtual_ids", tuple)()] for n in self}
+        whose = next((n for n, own in owners.items() if first in own), None)
+        said = f"a virtual token of adapter {whose!r}, which does not run on that row" if whose else "no token"
+        raise ValueError(
+            f"row {row}: token id {first} is {said} (the vocabulary has {layer.num_embeddings}): give each row the "
+            "virtual_ids of its own adapter, or activate the one they belong to"
+        )
 
     def post(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         for name, delta in self.afters:
@@ -188,7 +202,8 @@ def copies(size: int, rows: int) -> int:
     """How many entries of a first axis of `size` belong to each row; ValueError when it does not come out even."""
     if not rows or size % rows or not size:
         raise ValueError(
-            f"rows() was given {rows} names, but a layer sees a batch of {size}: give one name per row (None: the base)"
+            f"rows() was given {rows} names, but the batch has {size} rows: give one name per row (None: the base), "
+            "or one name for all rows"
         )
     return size // rows
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .site import positions_of, read_first
+from .places import fits
+from .site import INPUTS, positions_of, read_first
 from .slot import copies, deltas
 from .vocabulary import Before
 
@@ -33,6 +34,7 @@ class State:
     attention: Any = None  # the implementation to go back to, while ours is in use
     fused: Any = None  # core.fuse.Fused, while adapters are written into the weights
     grown: Before | None = None  # the vocabulary to go back to, where loading an adapter grew it
+    room: int | None = None  # rows of the model's table of positions, where it has one
     handles: list = field(default_factory=list)
 
     def token(self) -> tuple:
@@ -60,11 +62,22 @@ class State:
         return any(d.inplace for name in switched for d in deltas(module, name))
 
     def shift(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Trunk hook: real tokens stand after the active prefixes' positions."""
+        """Trunk hook: real tokens stand after the active prefixes' positions. ValueError where rows() does not fit: its
+        layers cannot tell, some see tokens without their rows."""
+        given = [x for x in (*args[:1], *(kwargs.get(name) for name in INPUTS)) if x is not None]
+        if self.rows is not None and given:  # a decoder alone is given none
+            copies(len(given[0]), len(self.rows))
+        if self.room is not None:
+            fits(self.room, module, self.moved(), (args, kwargs))
         if not any(self.shifts.get(n) for n in self.active):
             return None
         positions = positions_of(module, args, kwargs)
         return args, {**kwargs, "position_ids": positions + self.offsets(positions.device, batch(args, kwargs))}
+
+    def moved(self) -> int:
+        """How far the active prefixes move real tokens back, where rows differ the most of them."""
+        each = [self.shifts.get(n, 0) for n in self.active]
+        return sum(each) if self.rows is None else max(each, default=0)
 
     def offsets(self, device: torch.device, rows: int) -> Tensor:
         """[1, 1], or [rows, 1] where rows differ (beams repeat each row)."""

@@ -14,6 +14,7 @@ from .encode import Encoded, Encoding, encoder, label_names, number_of
 from .example import Example
 from .formats import examples
 from .problems import BadRow, Problem, Problems, short, split
+from .sources import task_of
 from .wanted import Intake
 
 NGRAM, HASHES, BANDS = 5, 16, 4  # 4 bands of 4: two texts with Jaccard 0.9 meet in 98 % of cases, with 0.5 in 23 %
@@ -67,6 +68,7 @@ class Report:
     problems: Problems
     kinds: Counter[str] = field(default_factory=Counter)
     labels: Counter[str] = field(default_factory=Counter)
+    tasks: Counter[str] = field(default_factory=Counter)
     tokens: Tokens | None = None
     exact: Pairs = field(default_factory=Pairs)
     near: Pairs = field(default_factory=Pairs)
@@ -93,6 +95,7 @@ class Report:
             "rows": {"seen": self.problems.seen, "good": self.problems.good, "bad": self.problems.bad},
             "kinds": dict(self.kinds),
             "labels": dict(self.labels.most_common()),
+            "tasks": dict(self.tasks),
             "tokens": vars(self.tokens) if self.tokens else None,
             **{name: vars(found) if found else None for name, found in pairs.items()},
             "errors": [problem.to_json() for problem in self.errors],
@@ -142,13 +145,14 @@ def check(
     """Read a whole set (and `eval_ref`, for leakage) and say what it is. Errors in the data are in the report."""
     how = how or Reading()
     report = Report(str(ref), Problems())
-    found = list(_watched(examples(ref, report.problems, how.intake), report))
+    found = list(_watched(rows_of(ref, report.problems, how), report))
     faults = mixed_labels(found)
     for fault in faults:
         report.problems.retract(fault)
     lost = {fault.where for fault in faults}
     found = [example for example in found if example.where not in lost]
     for example in found:
+        report.tasks.update([example.task] if example.task else ())
         report.kinds[example.kind] += 1
         report.labels.update(_labels(example))
     seen = Seen()
@@ -170,6 +174,12 @@ def check(
         report.leaked = None if report.held.errors else leaked
     _demand_rows(report.problems, ref)
     return report
+
+
+def rows_of(ref: str | Path, problems: Problems, how: Reading) -> Iterator[Example]:
+    """The rows of a reference as a run reads them: a file, a folder, ..., or `task=FILE`."""
+    task, file = task_of(str(ref))
+    return (row.in_task(task) for row in examples(file, problems, how.intake))
 
 
 def _demand_rows(problems: Problems, ref: str | Path) -> None:
@@ -317,7 +327,7 @@ def _leaks(eval_ref: str | Path, how: Reading, seen: Seen, report: Report, token
     """Evaluation rows whose question is in the training set; what is wrong with them joins `report.held`."""
     leaked, problems = Pairs(), report.held or Problems()
     names = set(report.labels)
-    for example in examples(eval_ref, problems, how.intake):
+    for example in rows_of(eval_ref, problems, how):
         try:  # a row that a run could not measure is an error of it
             how.rows(example, tokenizer, ()) if how.goal is not None and tokenizer is not None else None
         except BadRow as fault:

@@ -52,6 +52,8 @@ def _numbers(report: Report, console: Console) -> None:
         most = report.labels.most_common(LABELS_SHOWN)
         rest = len(report.labels) - len(most)
         line(console, "  labels: " + ", ".join(f"{n} {c:,}" for n, c in most) + (f", {rest} more" if rest else ""))
+    if report.tasks:
+        line(console, "  tasks: " + ", ".join(f"{name} {count:,}" for name, count in report.tasks.items()))
     tokens = report.tokens
     if tokens and tokens.rows:
         share = 100 * tokens.learned / max(tokens.total, 1)

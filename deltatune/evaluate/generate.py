@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import rows_of
+from ..core.attach import rows_of, shifted
+from ..core.places import places
 from .asking import asking
 from .cache import prefilled, room, shared
 from .hear import heard, hears, listened, opening
@@ -217,19 +218,9 @@ def _message(turn: Any) -> dict[str, Any]:
     return dict(turn) if isinstance(turn, Mapping) else turn.message()
 
 
-def context_length(model: Any) -> int | None:
-    """How many positions the model has, None for relative positions without a limit (the T5 family)."""
-    config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
-    if limit is None or config.model_type in {"t5", "mt5", "umt5", "longt5"}:
-        return None
-    after_padding = "roberta" in config.model_type or config.model_type == "camembert"
-    return limit - config.pad_token_id - 1 if after_padding else limit  # their positions start behind the padding's
-
-
 def fits(rows: Sequence[Sequence[int]], model: Any, new: int) -> None:
     """ValueError if a prompt is empty or does not fit the model's context together with `new` tokens."""
-    limit = context_length(model)
+    limit = free(model)
     for i, row in enumerate(rows):
         if not row:
             raise ValueError(f"prompt {i} is empty after tokenisation; there is nothing to continue")
@@ -237,8 +228,19 @@ def fits(rows: Sequence[Sequence[int]], model: Any, new: int) -> None:
         if limit is not None and length > limit:
             raise ValueError(
                 f"prompt {i} has {len(row)} tokens and max_new_tokens={new}, together more than the model's {limit} "
-                "positions; shorten the prompt or lower max_new_tokens"
+                f"positions{taken(model)}; shorten the prompt or lower max_new_tokens"
             )
+
+
+def free(model: Any) -> int | None:
+    """The positions that active prefixes leave to a prompt and its answer; None: no fixed number."""
+    limit = places(model.config)
+    return None if limit is None else limit - shifted(model)
+
+
+def taken(model: Any) -> str:
+    shift = shifted(model)
+    return f" ({shift} more are taken by the prefix, which a shorter one would leave free)" if shift else ""
 
 
 def grouped(lengths: Sequence[int], new: int, budget: int) -> Iterator[list[int]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .generate import context_length, evaluating, grouped, padded, padding_id
+from .generate import evaluating, free, grouped, padded, padding_id
 from .intervals import Resampling, mean_difference
 from .metrics import find, perplexity
 
@@ -109,7 +109,7 @@ def cut(model: Any, tokenizer: Any, texts: Sequence[str], settings: Windows) -> 
 
     Special tokens stay where the tokenizer puts them. ValueError if nothing is left or a window exceeds the context.
     """
-    room = context_length(model)
+    room = free(model)
     window = settings.window or min(512, room or 512)
     if room is not None and window > room:
         raise ValueError(f"window={window} is more than the model's {room} positions; choose a smaller window")

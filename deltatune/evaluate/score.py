@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +35,20 @@ class Scored:
     predictions: list[Any]
     references: list[Any]
     tokens_per_s: float = 0.0
+    tasks: Sequence[str | None] = ()  # of the predictions' rows; () where no row names one
+
+    @property
+    def by_task(self) -> dict[str, dict[str, float | None]]:
+        """{task: {"rows", every metric of predictions}}, rows without a task together as 'no task'; {} without any."""
+        places: dict[str, list[int]] = {}
+        for i, task in enumerate(self.tasks):
+            places.setdefault(task or "no task", []).append(i)
+        names = [name for name in self.metrics if name not in FROM_LOSS]
+        return {task: {"rows": len(at)} | {n: plain(self.of(n, at)) for n in names} for task, at in places.items()}
+
+    def of(self, name: str, at: Sequence[int]) -> float:
+        """One metric over the rows `at`."""
+        return find(name).compute([self.predictions[i] for i in at], [self.references[i] for i in at])
 
     @property
     def numbers(self) -> dict[str, float | None]:
@@ -57,7 +71,13 @@ def score(job: Job, examples: Sequence[Example], names: Sequence[str] = (), pred
             return Scored(loss, by_loss, [], [])
         predictions, speed = predict(job, scored)
     found = {name: find(name).compute(predictions, references) for name in names}
-    return Scored(loss, found | by_loss, predictions, references, speed)
+    return Scored(loss, found | by_loss, predictions, references, speed, tasks_of(scored))
+
+
+def tasks_of(examples: Sequence[Example]) -> tuple[str | None, ...]:
+    """The task of each row; () where none is named."""
+    found = tuple(e.task for e in examples)
+    return found if any(found) else ()
 
 
 def answered(job: Job, examples: Sequence[Example]) -> tuple[list[Example], list[Any]]:
@@ -155,7 +175,7 @@ def untuned(job: Job, examples: Sequence[Example], held_out: int = 12) -> tuple[
     search = Search(names[0], names[1:], held_out, job.config.train.seed, Decoding(job.config.eval.max_new_tokens))
     found = best_untuned(job.model, job.tokenizer, job.train, examples, prompts, search)
     said, wanted = found.pop("predictions"), found.pop("references")
-    return said_as_text(own, names, said, wanted), found
+    return replace(said_as_text(own, names, said, wanted), tasks=tasks_of(examples)), found
 
 
 def said_as_text(own: Scored, names: Sequence[str], said: list[Any], wanted: list[Any]) -> Scored:

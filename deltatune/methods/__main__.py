@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import blocks
 from ..about import sourced
+from ..aliases import Draft
 from ..config import Config
 from ..core.registry import HOME, METHODS, form, index, read_preset
 from ..marks import ConfigError, Problem, Spot, read_file
@@ -33,15 +34,8 @@ def check(file: Path) -> list[Problem]:
         model = {"name": "any", **preset.get("model", {})}
         Config(**{k: preset[k] for k in ("method", "objective", "train") if k in preset}, model=model, data="any")
     except ConfigError as error:
-        return [Problem(p.spot, p.text, p.where or line(lines, p.spot) or str(file)) for p in error.problems]
+        return [Problem(p.spot, p.text, p.where or Draft({}, lines).where(p.spot) or str(file)) for p in error.problems]
     return []
-
-
-def line(lines: dict[Spot, str], spot: Spot) -> str:
-    """The line of a place, or of the nearest place above it."""
-    while spot and spot not in lines:
-        spot = spot[:-1]
-    return lines.get(spot, "")
 
 
 def pages() -> dict[Path, str]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..core.attention import Seen, keys_values
 from ..core.delta import Delta, Refusal
-from ..core.site import embedding, towers
+from ..core.site import embedding
+from ._place import reads_words
 
 
 class Root(nn.Module):
@@ -81,11 +82,6 @@ class KeysValues(Delta):
 def front(own: Tensor, kept: Tensor) -> Tensor:
     """own [kv_heads, length, dim] in front of kept [batch, kv_heads, seq, dim]."""
     return torch.cat([own.to(kept.dtype).expand(kept.shape[0], -1, -1, -1), kept], 2)
-
-
-def reads_words(model: Any) -> bool:
-    """Whether token ids alone are an input of `model`."""
-    return isinstance(model.get_submodule(embedding(model)), nn.Embedding) and not towers(model)
 
 
 def activations(model: Any, ids: Sequence[int]) -> Seen:

@@ -31,6 +31,11 @@ def place(model: nn.Module) -> tuple[Site, nn.Embedding]:
     )
 
 
+def reads_words(model: nn.Module) -> bool:
+    """Whether token ids alone are an input of `model`."""
+    return isinstance(model.get_submodule(embedding(model)), nn.Embedding) and not towers(model)
+
+
 def looked_up(layer: nn.Embedding, ids: Sequence[Sequence[int]]) -> Tensor:
     """[len(ids), d]: the mean of each entry's embeddings, through the layer, because some families scale them."""
     device = layer.weight.device

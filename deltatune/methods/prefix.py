@@ -15,7 +15,8 @@ from ..core.delta import Delta, blank
 from ..core.registry import choice, flag, method, whole
 from ..core.routing import hidden_size
 from ..core.site import Site, embedding, trunk
-from ._keys_values import KeysValues, Root, activations, reads_words
+from ._keys_values import KeysValues, Root, activations
+from ._place import reads_words
 from ._rows import sampled
 
 INITS = ("vocab", "words", "random")

@@ -28,8 +28,8 @@ class Triplets(Delta):
         self.lora_E = nn.Parameter(torch.zeros(r, 1))
         self.register_buffer("kept", torch.ones(r, dtype=torch.bool), persistent=False)
         self.seen: dict[str, Tensor] = {}  # what `observe` smooths
-        nn.init.normal_(self.lora_A, std=0.02)
-        nn.init.normal_(self.lora_B, std=0.02)
+        for factor in (self.lora_A, self.lora_B):
+            nn.init.normal_(factor, std=0.02)
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -96,6 +96,5 @@ class Triplets(Delta):
         return super().trained(layer) if self.rank else {}
 
     def take_form(self, tensors: Mapping[str, Tensor]) -> None:
-        rank = len(tensors["lora_A"]) if "lora_A" in tensors else 0
-        if rank < self.rank:
+        if (rank := len(tensors.get("lora_A", ()))) < self.rank:
             self.cut(torch.arange(self.rank, device=self.kept.device) < rank)

@@ -32,6 +32,7 @@ def load(auto: str, path: Path | str, **options: Any) -> Any:
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with quiet(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
+        headed_for(auto, transformers.AutoConfig.from_pretrained(path))
         opener = getattr(transformers, auto).from_pretrained
         headed = {"ignore_mismatched_sizes": True} if auto in HEADED else {}
         model, info = opener(path, use_safetensors=True, output_loading_info=True, **headed, **options)
@@ -48,6 +49,35 @@ def load(auto: str, path: Path | str, **options: Any) -> Any:
     return model
 
 
+def headed_for(auto: str, config: Any) -> None:
+    """Refusal where transformers has no such head for this configuration, with the objectives that it has one for."""
+    import transformers
+
+    def takes(name: str) -> bool:
+        return type(config) in getattr(transformers, name)._model_mapping
+
+    if takes(auto):
+        return
+    wanted = {
+        "classify": class_head(config),
+        "sft": language_class(config),
+        "tag": "AutoModelForTokenClassification",
+        "qa": "AutoModelForQuestionAnswering",
+    }
+    fit = [name for name, head in wanted.items() if takes(head) and not (name == "sft" and head == MASKED_HEAD)]
+    columns, kind = {"image": ("image", "pictures"), "audio": ("audio", "sound")}.get(
+        reads(config) or "", ("text", "text")
+    )
+    raise Refusal(
+        f"this objective needs a head that {config.model_type} models do not have ({auto}).",
+        found=f"{type(config).__name__}, which reads {kind}",
+        instead=" or ".join(f"objective {name}" for name in fit) + f", with rows of {columns} and label"
+        if fit
+        else "another model: no objective has a head for this one",
+    )
+
+
+MASKED_HEAD = "AutoModelForMaskedLM"
 HEADED = (
     "AutoModelForSequenceClassification",
     "AutoModelForImageClassification",
@@ -89,7 +119,7 @@ def language_class(config: Any) -> str:
     if config.is_encoder_decoder:
         return "AutoModelForSpeechSeq2Seq" if reads(config) == "audio" else "AutoModelForSeq2SeqLM"
     masked = "MaskedLM" in names or config.model_type in MASKED
-    return "AutoModelForMaskedLM" if masked else "AutoModelForCausalLM"
+    return MASKED_HEAD if masked else "AutoModelForCausalLM"
 
 
 def class_head(config: Any) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..data.encode import edges
 from ..data.example import PARTS, Example
 from ..data.problems import nearest
 from ..data.wanted import Wanted
@@ -159,6 +158,8 @@ class Filler:
 
     def __call__(self, template: Template, example: Example) -> Rendered:
         pieces = self.pieces(template, example)
+        from ..data.encode import edges  # loads torch, which a template's text can be checked without
+
         before, after = edges(self.tokenizer)
         after = after if self.masked or self.closed else []
         if template.slots and self.front:

@@ -62,6 +62,9 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
     change = (s.get("gain") or {}).get(s["metric"])
     if change:
         yield f"gain: {s['metric']} {number(change[0])}{bounds(change[1:])}, over the same rows"
+    for task, sides in (s.get("tasks") or {}).items():
+        was, now = sides["before"].get(s["metric"]), sides["after"].get(s["metric"])
+        yield f"task {task}: {s['metric']} {number(was)} -> {number(now)} ({sides['after']['rows']} rows)"
     for name, numbers in (s.get("ood") or {}).items():
         shown = ", ".join(f"{k} {number(v)}" for k, v in numbers.items() if k != "gap")
         yield f"out of domain: {name}: {shown}"
@@ -74,10 +77,17 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
     yield f"trained: {tuned}, {s['steps']} steps, {rows}"
     seconds = s["seconds"]
     phases = ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items())
-    yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {s['tokens_per_s']:.0f} tokens/s"
+    yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {pace(s)}"
     highest = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in s["memory"].items())
     yield f"peak memory: {s['peak_memory_bytes'] / 2**30:.2f} GiB (up to the end of {highest})"
     yield f"adapter: {s['adapter']}"
+
+
+def pace(s: Mapping[str, Any]) -> str:
+    """Tokens a second, or rows where they hold none (pictures, sounds)."""
+    if s["tokens_per_s"] or not s.get("rows_per_s"):
+        return f"{s['tokens_per_s']:.0f} tokens/s"
+    return f"{s['rows_per_s']:.1f} rows/s"
 
 
 def flat(said: Mapping[str, Any], of: str = "") -> Iterator[str]:

@@ -109,6 +109,9 @@ def after(job: Job, first: Before) -> dict[str, Any]:
             return score(job, rows).numbers
 
         result["ood"] = kept.out_of_domain(measure, now.numbers, job.ood)
+    if each_task := now.by_task:
+        was_by = was.by_task
+        result["tasks"] = {task: {"before": was_by.get(task, {}), "after": found} for task, found in each_task.items()}
     if said := told(job):
         result["methods"] = said
     return result

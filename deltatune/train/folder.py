@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..blocks import called
 from ..config import Config
 from ..core.attach import known
 from ..core.quant import size
@@ -45,7 +46,7 @@ class Run:
 
 def place(config: Config, out: Path | None) -> Path:
     """The run folder; a folder that holds another run is never written over."""
-    name = "+".join(name for name, _ in config.parts)
+    name = called(config.presets, [name for name, _ in config.parts])
     model = Path(config.model.name.removeprefix("pypi:")).name
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = out or Path(config.output.dir or "runs") / f"{stamp}-{name}-{model}"
@@ -157,6 +158,7 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
         "memory": done.memory,
         "seconds": done.seconds,
         "tokens_per_s": sum(r["tokens"] for r in steps) / seconds if seconds else 0.0,
+        "rows_per_s": sum(r.get("rows", 0) for r in steps) / seconds if seconds else 0.0,
         "adapter": str(folder / "adapter"),
         "model": job.config.model.name,
         "notes": job.notes,
@@ -168,7 +170,7 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
 
 FROM_RESULT = (
     "metric", "before", "after", "intervals", "intervals_before", "gain", "measured_on", "retention", "untuned_prompts",
-    "ood", "methods",
+    "ood", "tasks", "methods",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import Config, recipes
 from ..core.attach import activate, attach, attached, each, known, packing, trainable
 from ..core.delta import Given
+from ..core.registry import bound
 from ..core.site import head_modules
 from ..core.sparse import unthinned
 from ..core.store import add_tokens
@@ -268,11 +269,6 @@ def prepare(config: Config) -> Job:
         torch.manual_seed(config.train.seed)
         attach(model, [bound(m, tokenizer) for m in found], ADAPTER)
     return settle(job)
-
-
-def bound(method: Any, tokenizer: Any) -> Any:
-    """A method with its words as token ids, where it has words."""
-    return method.bind(tokenizer) if hasattr(method, "bind") else method
 
 
 def settle(job: Job) -> Job:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..core.attach import known
+from ..core.places import places
 
 if TYPE_CHECKING:
     from .job import Job
-
-OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert")
 
 
 def unread(job: Job) -> list[str]:
@@ -40,20 +39,11 @@ def fitting(job: Job) -> None:
         )
 
 
-def places(config: Any) -> int | None:
-    """How many positions a model of this configuration has; None: no fixed number."""
-    found = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
-    if not isinstance(found, int) or found < 1:
-        return None
-    # some are numbered from after the padding id
-    return found - (int(config.pad_token_id or 0) + 1 if config.model_type in OFFSET_POSITIONS else 0)
-
-
 def longest(job: Job) -> int:
     """train.max_length, or what the model has positions for."""
     wanted, config = job.config.train.max_length, job.model.config
     room = places(config)
-    if room is None:
+    if room is None or (job.media is not None and job.media.kind == "image"):
         return wanted
     taken = known(job.model, job.adapter).shifts.get(job.adapter, 0) if job.adapter else 0
     room -= taken

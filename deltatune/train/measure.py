@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 
 def figures(batches: Sequence[Batch], losses: Sequence[Tensor], seconds: float, step: int) -> dict[str, Any]:
-    """A step's loss per target, sizes and speed (real tokens per second; padding does not count)."""
+    """A step's loss per target, sizes and speed (real tokens per second: no padding, no pictures)."""
     targets, tokens = sum(batch.targets for batch in batches), sum(_tokens(batch.inputs) for batch in batches)
     loss = float(torch.stack([x.double() for x in losses]).sum()) / targets
-    sizes = {"targets": targets, "tokens": tokens, "seconds": seconds, "tokens_per_s": tokens / seconds}
-    return {"step": step, "loss": loss, **sizes}
+    rows = sum(len(batch.lens or batch.labels) for batch in batches)
+    sizes = {"targets": targets, "tokens": tokens, "rows": rows, "seconds": seconds}
+    return {"step": step, "loss": loss, **sizes, "tokens_per_s": tokens / seconds, "rows_per_s": rows / seconds}
 
 
 def _tokens(inputs: Mapping[str, Tensor]) -> int:

@@ -85,6 +85,7 @@ class Meter:
     losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPARK))
     times: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=HORIZON + 1))
     tokens: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=HORIZON))  # (tokens, seconds)
+    unit: str = "tok/s"
 
     def start(self, record: Record) -> None:
         """A run begins, or goes on, at `step` of `steps`."""
@@ -98,9 +99,11 @@ class Meter:
         self.step = int(record["step"])
         self.losses.append(float(record["loss"]))
         self.times.append((self.step, self.clock()))
-        if record.get("tokens_per_s"):
+        self.unit = "tok/s" if record.get("tokens_per_s") else "rows/s"  # pictures and sounds are no tokens
+        rate = record.get("tokens_per_s") or record.get("rows_per_s")
+        if rate:
             seconds = float(record.get("seconds") or 1.0)
-            self.tokens.append((float(record["tokens_per_s"]) * seconds, seconds))
+            self.tokens.append((float(rate) * seconds, seconds))
 
     @property
     def pace(self) -> float:
@@ -110,7 +113,7 @@ class Meter:
 
     @property
     def speed(self) -> float:
-        """Tokens a second over the last steps."""
+        """Tokens (rows, where there are none) a second over the last steps."""
         seconds = sum(spent for _, spent in self.tokens)
         return sum(count for count, _ in self.tokens) / seconds if seconds else 0.0
 
@@ -123,7 +126,7 @@ class Meter:
         if self.last.get("lr") is not None:
             shown.append(f"lr {float(self.last['lr']):.2e}")
         if self.speed:
-            shown.append(f"{self.speed:,.0f} tok/s")
+            shown.append(f"{self.speed:,.0f} {self.unit}")
         shown.append(f"mem {size(used['rss'])}" + (f" gpu {size(used['cuda'])}" if "cuda" in used else ""))
         if math.isfinite(self.pace):
             shown.append(f"eta {duration((self.steps - self.step) * self.pace)}")

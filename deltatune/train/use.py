@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..data.media import parted
 from ..evaluate.generate import Decoding
 from ..evaluate.incontext import Prompt, predict, reference
 from ..evaluate.retention import default_texts
-from ..evaluate.score import Scored, intervals, metrics_for, said_as_text, score
+from ..evaluate.score import Scored, intervals, metrics_for, said_as_text, score, tasks_of
 from ..objectives import build as build_objective
 from ..zoo import model_path
 from .evidence import forgotten, general, known_bounds
@@ -142,6 +143,8 @@ def evaluate_file(
     told(job, "data", examples)
     scored = score(job, examples) if shown is None else few_shot(job, examples, read([shown], config, job.notes))
     found = {"rows": len(examples), **scored.numbers, "intervals": known_bounds(intervals(scored))}
+    if scored.by_task:
+        found["tasks"] = scored.by_task
     if section.retention and "retention" in section.model_fields_set:
         found["retention"] = kept(job)
     return found | {"notes": job.notes}
@@ -176,7 +179,7 @@ def few_shot(job: Job, examples: Sequence[Example], shown: Sequence[Example]) ->
     wanted = [reference(asked, example) for example in examples]
     decoding = Decoding(job.config.eval.max_new_tokens)
     said = predict(job.model, job.tokenizer, asked, examples, shown, decoding)
-    return said_as_text(own, metrics_for(job, examples), said, wanted)
+    return replace(said_as_text(own, metrics_for(job, examples), said, wanted), tasks=tasks_of(examples))
 
 
 def kept(job: Job) -> dict[str, Any]:
