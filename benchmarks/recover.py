@@ -101,8 +101,7 @@ def recipe(table: Table, cell: Cell) -> str:
 
 
 def task_of(table: Table, cell: Cell) -> Table:
-    """A cell's task, with what its method trains otherwise: `train`, and a `template` that says where its virtual tokens
-    stand."""
+    """A cell's task, with what its method has of its own: `train`, and a `template` for its virtual tokens."""
     task, entry = dict(table["tasks"].get(cell.task, {})), table["methods"].get(cell.method, {})
     if "train" in entry:
         task["train"] = {**task["train"], **entry["train"]}
