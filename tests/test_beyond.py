@@ -202,7 +202,7 @@ REFUSED = {
     "visual prompts on sounds": ("whisper", VisualPrompt(3), "Prefix"),
     "a policy over two inputs": ("clip", SpotTune(), "one tower"),
     "visual prompts, gated": ("vit", Gate(of=(VisualPrompt(3),)), "beside"),
-    "visual prompts, routed": ("vit", SpotTune(of=(VisualPrompt(3),)), "lora"),
+    "visual prompts, routed": ("vit", SpotTune(of=(VisualPrompt(3),)), "in a list, where all sequences get it"),
     "a head where none is": ("whisper", Head(), "classification"),
 }
 

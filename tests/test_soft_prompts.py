@@ -469,7 +469,7 @@ MISTAKES = [
     (Prefix, {"reparam": "lstm"}, "Prefix reparam 'lstm': choose from none, mlp"),
     (Prefix, {"hidden": 0}, "Prefix hidden must be a whole number >= 1, got 0"),
     (Prefix, {"init": "words"}, "init 'words' needs words"),
-    (Prefix, {"words": "a b"}, "init 'random', words 'a b'"),
+    (Prefix, {"words": "a b"}, "init 'vocab', words 'a b'"),
     (Prompt, {"init": "txt"}, "Prompt init 'txt': choose from vocab, uniform, text, labels.* Did you mean 'text'"),
     (Prompt, {"init": "text"}, "init 'text' needs text"),
     (Prompt, {"labels": ("a",)}, "needs labels, no other does: init 'vocab'"),

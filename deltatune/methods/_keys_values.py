@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..core.attention import Seen, keys_values
 from ..core.delta import Delta, Refusal
+from ..core.places import tabled
 from ..core.site import embedding
 from ._place import reads_words
 
@@ -86,14 +87,14 @@ def front(own: Tensor, kept: Tensor) -> Tensor:
 
 def activations(model: Any, ids: Sequence[int]) -> Seen:
     """module -> keys and values [kv_heads, length, head_dim] of token `ids`, from one pass through the base."""
-    name = embedding(model)
     if not reads_words(model):
         raise Refusal(
             "a prefix cannot start from words in a model that reads none.",
-            found=f"{name}: {type(model.get_submodule(name)).__name__}",
-            instead='Prefix(init="random")',
-        )
-    given = torch.tensor([list(ids)], device=next(model.parameters()).device)
+            found=type(model.get_submodule(embedding(model))).__name__, instead='Prefix(init="random")',
+        )  # fmt: skip
+    most = min(len(ids), tabled(model) or len(ids))  # past the table of positions, they begin again
+    given = torch.tensor([list(ids)[:most]], device=next(model.parameters()).device)
     decoder = {"decoder_input_ids": given} if model.config.is_encoder_decoder else {}
     seen = keys_values(model, {"input_ids": given, **decoder})
-    return {module: (k[0].float().clone(), v[0].float().clone()) for module, (k, v) in seen.items()}
+    every = torch.arange(len(ids), device=given.device) % most  # a copy laid out in order: resumed sums stay bitwise
+    return {module: (k[0].float()[:, every], v[0].float()[:, every]) for module, (k, v) in seen.items()}
