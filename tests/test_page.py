@@ -56,6 +56,15 @@ def test_other_objectives_and_no_evaluation_rows():
     assert "as there are no evaluation rows" in text
 
 
+def test_only_commands_that_work_are_suggested():
+    """A prefix has no merged weights, and a chat has no columns for a template."""
+    text = shown({"mergeable": False, "reads": ["animal"]})
+    assert "deltatune merge" not in text
+    assert "deltatune chat" not in text
+    assert "deltatune generate --adapter runs/a --data FILE" in text
+    assert "deltatune merge" in shown({"mergeable": True, "reads": []})
+
+
 def test_an_interrupted_run_says_how_to_go_on():
     console = Console(width=100, record=True)
     console.print(Run(Path("runs/a"), "interrupted", {"step": 4}).screen())

@@ -83,10 +83,9 @@ class Template:
         """ValueError unless a method with `virtual` tokens fits; `placed`: one that has to be placed by a template."""
         if self.slots == virtual or (not self.slots and not placed):
             return
-        fix = (
-            f"set the method's length to {self.slots}" if self.slots and virtual else "use the method prompt or ptuning"
-        )
-        fix = f"write <soft:{virtual}> where they stand" if not self.slots else fix
+        places = f"write <soft:{virtual}> where they stand" + ", in one place or several" * (virtual > 1)
+        fix = f"set the method's length to {self.slots}, or {places}" if self.slots else places
+        fix = fix if virtual else "use the method prompt or ptuning"
         raise ValueError(f"template {self.text!r} has {self.slots} virtual tokens, the method has {virtual}: {fix}")
 
     def parts(self, example: Example) -> list[Piece]:

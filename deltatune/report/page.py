@@ -118,15 +118,14 @@ def forgotten(kept: Mapping[str, Any]) -> Iterator[str]:
 
 
 def commands(folder: Any, s: Mapping[str, Any]) -> list[Text]:
-    """The next three commands to type."""
+    """The next commands to type: only those that work with this adapter."""
     talk = Text(f"  deltatune chat --adapter {folder}            # talk to it; /compare shows the base beside it")
     ask = Text(f"  deltatune predict --adapter {folder} --data FILE # ask it about new rows")
-    return [
-        Text("next:"),
-        talk if s.get("objective", "sft") == "sft" else ask,
-        Text(f"  deltatune eval --adapter {folder} --data FILE   # measure it on your rows"),
-        Text(f"  deltatune merge {folder} --out merged          # one plain model folder"),
-    ]
+    answer = Text(f"  deltatune generate --adapter {folder} --data FILE # its answers to new rows")
+    merge = Text(f"  deltatune merge {folder} --out merged          # one plain model folder")
+    first = ask if s.get("objective", "sft") != "sft" else answer if s.get("reads") else talk
+    measure = Text(f"  deltatune eval --adapter {folder} --data FILE   # measure it on your rows")
+    return [Text("next:"), first, measure, *([merge] if s.get("mergeable", True) else [])]
 
 
 def markdown(config: Config, s: Mapping[str, Any], checks: Sequence[Any]) -> str:

@@ -24,6 +24,8 @@ from ..blocks import called
 from ..config import Config
 from ..core.attach import known
 from ..core.quant import size
+from ..core.registry import METHODS
+from ..data.example import PARTS
 from ..data.stream import index, seekable
 from ..report import page
 from .job import Job
@@ -149,6 +151,8 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
     return {
         **{key: done.result.get(key) for key in FROM_RESULT},
         "objective": job.objective.name,
+        "reads": [name for name in job.objective.wants.columns if name not in PARTS],
+        "mergeable": all(METHODS[name].mergeable for name, _ in job.config.parts if name in METHODS),
         "eval_rows": len(job.eval),
         "train_rows": training_rows(job)["rows"],
         "steps": done.steps,
