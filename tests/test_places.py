@@ -39,6 +39,14 @@ def test_places(family):
     assert tabled(model) == (room if table else None)
 
 
+def test_a_table_of_pictures_says_nothing_of_texts():
+    """In models of pictures and words, whose texts may have computed positions."""
+    model = tiny("llama")
+    model.add_module("vision", torch.nn.Module())
+    model.vision.position_embedding = torch.nn.Embedding(17, 4)
+    assert tabled(model) is None
+
+
 def text(model, length: int) -> dict:
     given = inputs(model, rows=2, seq=length)
     return {k: v for k, v in given.items() if k not in ("labels", "decoder_input_ids")}
