@@ -81,12 +81,21 @@ def test_cached_positions_count():
         model(input_ids=torch.tensor([[7], [7]]), past_key_values=past)
 
 
-def test_packed_sequences_have_places_of_their_own():
-    model = attach(tiny("gpt2"), LoRA(r=2))
+@pytest.mark.parametrize(("family", "longest"), [("gpt2", 128), ("roberta", 126)])
+def test_packed_sequences_have_places_of_their_own(family, longest):
+    """Also where positions are counted from after the padding id."""
+    model = attach(tiny(family), LoRA(r=2))
     packing(model)
-    lens = (100, 100)
-    with packed(lens):
-        model(input_ids=torch.full((1, 200), 9), position_ids=positions(model, lens))
+    for first in (longest, longest + 1):
+        lens = (first, 100)
+        given = {"input_ids": torch.full((1, sum(lens)), 9), "position_ids": positions(model, lens)}
+        given |= {"token_type_ids": torch.zeros(1, sum(lens), dtype=torch.long)} if family == "roberta" else {}
+        with packed(lens):
+            if first == longest:
+                model(**given)
+                continue
+            with pytest.raises(ValueError, match=f"take {longest + 1} positions"):
+                model(**given)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -85,3 +87,19 @@ def test_the_blocks_own_checkpointing_is_left_as_it_was():
     before = [vars(block)["_gradient_checkpointing_func"] for block in model.model.layers]
     gradients(model, preference)
     assert [vars(block)["_gradient_checkpointing_func"] for block in model.model.layers] == before
+
+
+def test_a_copy_after_a_pass_that_failed_leaves_the_original_alone():
+    """What stands in for a block's checkpointing when a pass fails knows the block it was made for."""
+    model, wanted = made("llama", "gate", True), gradients(made("llama", "gate", False), preference)
+    block = model.model.layers[0]
+    own = block._gradient_checkpointing_func
+    broken = block.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        preference(model)
+    broken.remove()
+    left, twin = block._gradient_checkpointing_func, copy.deepcopy(model)
+    same_gradients(wanted, gradients(twin, preference))
+    assert block._gradient_checkpointing_func is left
+    same_gradients(wanted, gradients(model, preference))
+    assert block._gradient_checkpointing_func is own
