@@ -82,6 +82,18 @@ def test_packed_passes_of_other_lengths(name):
     same_gradients(*(gradients(model, loss) for model in models))
 
 
+def test_each_tower_keeps_what_held_in_it():
+    def loss(model):
+        total = 0.0
+        for seed, cut in ((1, (9, 3)), (2, (2, 8))):
+            given = inputs(model, rows=2, seq=9, seed=seed)
+            given["attention_mask"] = (torch.arange(9) < torch.tensor(cut)[:, None]).long()
+            total = total + seed * model(**given).logits_per_image.diagonal().sum()
+        return total
+
+    same_gradients(*(gradients(made("clip", "gate", recompute), loss) for recompute in (False, True)))
+
+
 def test_the_blocks_own_checkpointing_is_left_as_it_was():
     model = made("llama", "gate", True)
     before = [vars(block)["_gradient_checkpointing_func"] for block in model.model.layers]
