@@ -76,6 +76,14 @@ def test_prefixes_and_prompts_take_places_of_the_text():
     model(input_ids=ids[:, :-1])
 
 
+def test_rows_of_unlike_prefixes_are_measured_by_the_longest():
+    model = attach(attach(tiny("gpt2"), Prefix(10), "a"), Prefix(4), "b")
+    with rows(model, ["a", "b"]):
+        model(**text(model, 118))
+        with pytest.raises(ValueError, match="10 virtual tokens and a text of 119"):
+            model(**text(model, 119))
+
+
 def test_cached_positions_count():
     model = attach(tiny("gpt2"), LoRA(r=2))
     past = model(**text(model, 128), use_cache=True).past_key_values
