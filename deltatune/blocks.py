@@ -219,6 +219,9 @@ def block_problems(
 ) -> list[Problem]:
     """What is wrong with `{name: {field: value}}`: an unknown name, unknown fields, wrong types."""
     ((name, given),) = block.items()
+    if name in more and name not in known:
+        said = f"a preset, which takes no fields: write its name, or {presets()[name]['method']}"
+        return [Problem((*spot, name), said)]
     if name not in known:
         return [Problem((*spot, name), f"unknown{nearest(str(name), [*known, *more])}; {listed(known, more)}")]
     if not isinstance(given, Mapping):

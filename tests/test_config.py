@@ -246,6 +246,7 @@ WRONG = [
     ("train: {schedule: cosin}", "train.schedule: 'cosin'", "(did you mean 'cosine'?)"),
     ("train: [1]", "train: [1]: ", ""),
     ("method: lroa", "method.lroa: unknown (did you mean 'lora'?); there are lora, bitfit, adapter, pair", ""),
+    ("method: {pair: {r: 4}}", "method.pair: a preset, which takes no fields: write its name, or [{'lora': ", ""),
     ("method: {lora: {rr: 4}}", "method.lora.rr: unknown field; lora has r, alpha, dropout, targets", "'r'"),
     ("method: {lora: {r: 4.5}}", "method.lora.r: 4.5: int is wanted", ""),
     ("method: {lora: {r: true}}", "method.lora.r: True: int is wanted", ""),

@@ -353,6 +353,7 @@ def test_a_soft_prompt_steers_by_itself_and_not_when_it_is_off() -> None:
 
     model = tiny("llama")
     base = answers(model, TOK, PROMPTS, SHORT).texts
+    torch.manual_seed(0)  # not every prompt steers
     attach(model, Prompt(length=4, init="uniform"))
     steered = answers(model, TOK, PROMPTS, SHORT).texts
     ids = virtual_ids(model)

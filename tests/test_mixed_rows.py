@@ -65,7 +65,9 @@ def flattened(layer, args):
 
 
 @pytest.mark.parametrize("seq", [7, 8])  # 3 x 8 tokens divide by 2
-def test_names_that_do_not_fit_the_batch_are_refused_with_both_numbers(model, seq):
+def test_names_that_do_not_fit_the_batch_are_refused_with_both_numbers(seq):
+    """The only layers that run an adapter cannot tell."""
+    model = shaken(tiny("opt"), LoRA(r=2, targets=("fc1",)), "lora", 1)
     batch = {k: v for k, v in inputs(model, rows=3, seq=seq).items() if k != "labels"}
     handles = [block.fc1.register_forward_pre_hook(flattened, prepend=True) for block in model.model.decoder.layers]
     try:

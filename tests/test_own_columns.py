@@ -8,11 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_run as t
-from deltatune import SFT, Cloze, LoRA, attach, train
+from deltatune import SFT, Classify, Cloze, LoRA, attach, train
 from deltatune.cli import main
 from deltatune.data.check import Reading, check
-from deltatune.data.formats import examples, load
+from deltatune.data.formats import converted, examples, load
 from deltatune.data.problems import Problems
+from deltatune.data.readers import Row
+from deltatune.data.sources import renamed
 from deltatune.data.stream import Order, stream
 from deltatune.data.wanted import Intake
 from deltatune.train.run import run
@@ -129,6 +131,30 @@ def test_columns_the_wrong_way_round_are_seen(tmp_path):
 def test_a_template_does_not_read_the_answer_under_its_own_name():
     with pytest.raises(ValueError, match=r"\{category\} would tell the answer"):
         Intake(columns={"category": "label"}, wanted=Cloze("{title} {category} <mask>").wants)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"body": "text", "text": "label"}, {"label": "text", "y": "label"}, {"body": "text", "folder": "label"}],
+    ids=str,
+)
+def test_rows_that_ask_lose_the_answer_alone(columns):
+    """A new name of one column may be the old name of another."""
+    row = Row({old: {"text": "it was", "label": "pos"}[new] for old, new in columns.items()}, "f:1")
+    for asks, label in ((False, "pos"), (True, None)):
+        how = Intake(columns=columns, wanted=Classify().wants, asks=asks)
+        (found,) = converted([renamed(row, columns)], Problems(), how)
+        assert (found.text, found.label) == ("it was", label)
+        assert asks is ("pos" not in found.row.values())
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_two_columns_of_a_row_cannot_get_one_name(tmp_path, streaming):
+    path = t.lines(tmp_path / "a.jsonl", [{"review": "a"}, {"body": "b"}, {"review": "a", "body": "b"}])
+    problems, how = Problems(), Intake(columns={"review": "text", "body": "text"})
+    found = [s.example for s in stream([path], problems, how=how)] if streaming else examples(path, problems, how)
+    assert sorted(row.text for row in found) == ["a", "b"]
+    assert [(p.kind, p.field, p.lines) for p in problems.errors] == [("renamed_twice", "text", [3])]
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------

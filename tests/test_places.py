@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -39,6 +41,14 @@ def test_places(family):
     assert tabled(model) == (room if table else None)
 
 
+def test_a_table_of_pictures_says_nothing_of_texts():
+    """In models of pictures and words, whose texts may have computed positions."""
+    model = tiny("llama")
+    model.add_module("vision", torch.nn.Module())
+    model.vision.position_embedding = torch.nn.Embedding(17, 4)
+    assert tabled(model) is None
+
+
 def text(model, length: int) -> dict:
     given = inputs(model, rows=2, seq=length)
     return {k: v for k, v in given.items() if k not in ("labels", "decoder_input_ids")}
@@ -66,6 +76,14 @@ def test_prefixes_and_prompts_take_places_of_the_text():
     model(input_ids=ids[:, :-1])
 
 
+def test_rows_of_unlike_prefixes_are_measured_by_the_longest():
+    model = attach(attach(tiny("gpt2"), Prefix(10), "a"), Prefix(4), "b")
+    with rows(model, ["a", "b"]):
+        model(**text(model, 118))
+        with pytest.raises(ValueError, match="10 virtual tokens and a text of 119"):
+            model(**text(model, 119))
+
+
 def test_cached_positions_count():
     model = attach(tiny("gpt2"), LoRA(r=2))
     past = model(**text(model, 128), use_cache=True).past_key_values
@@ -73,12 +91,18 @@ def test_cached_positions_count():
         model(input_ids=torch.tensor([[7], [7]]), past_key_values=past)
 
 
-def test_packed_sequences_have_places_of_their_own():
-    model = attach(tiny("gpt2"), LoRA(r=2))
+@pytest.mark.parametrize(("family", "longest"), [("gpt2", 128), ("roberta", 126)])
+def test_packed_sequences_have_places_of_their_own(family, longest):
+    """Also where positions are counted from after the padding id."""
+    model = attach(tiny(family), LoRA(r=2))
     packing(model)
-    lens = (100, 100)
-    with packed(lens):
-        model(input_ids=torch.full((1, 200), 9), position_ids=positions(model, lens))
+    for first in (longest, longest + 1):
+        lens = (first, 100)
+        given = {"input_ids": torch.full((1, sum(lens)), 9), "position_ids": positions(model, lens)}
+        given |= {"token_type_ids": torch.zeros(1, sum(lens), dtype=torch.long)} if family == "roberta" else {}
+        refused = pytest.raises(ValueError, match=f"take {longest + 1} positions") if first > longest else nullcontext()
+        with refused, packed(lens):
+            model(**given)
 
 
 @pytest.mark.parametrize(

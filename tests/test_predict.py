@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 import tiny_run as t
 import tiny_tokenizers as tt
 from conformance import stir
-from deltatune import QA, Choice, Classify, Cloze, LoRA, Prompt, Tag, attach, disabled, predict
+from deltatune import QA, Choice, Classify, Cloze, LoRA, Prompt, Tag, activate, attach, disabled, predict
 from deltatune.cli import main
 from deltatune.commands.predict import words
+from deltatune.core.attach import rows as per_row
 from deltatune.data.encode import Reading
 from deltatune.evaluate.score import answered as with_references
 from deltatune.evaluate.score import predict as measured
@@ -243,8 +244,6 @@ def test_the_active_adapter_answers():
     attach(model, Prompt(2), "second")
     for name in ("first", "second"):
         stir(model, name, 0)
-    from deltatune import activate
-
     said = []
     for name in ("first", "second"):
         activate(model, name)
@@ -253,6 +252,54 @@ def test_the_active_adapter_answers():
         base = predict(model, goal, TEXTS, tokenizer=WORDS)
     assert base not in said
     assert said[0] != said[1]
+
+
+def test_the_prompts_of_all_active_adapters_ask_whichever_is_first():
+    goal = Cloze(labels={"pos": ["good"], "neg": ["bad"]})
+    model = attach(tiny("bert", vocab_size=len(WORDS)), LoRA(r=2, init="gaussian"), "change")
+    attach(model, Prompt(2), "prompt")
+    for name in ("change", "prompt"):
+        stir(model, name, 0)
+    said = {}
+    for names in (("change",), ("prompt",), ("change", "prompt"), ("prompt", "change")):
+        activate(model, *names)
+        said[names] = [one["scores"]["pos"] for one in predict(model, goal, TEXTS, tokenizer=WORDS)]
+    together = said["change", "prompt"]
+    assert together == pytest.approx(said["prompt", "change"], rel=1e-4)
+    assert together != pytest.approx(said["change",], rel=1e-3)
+    assert together != pytest.approx(said["prompt",], rel=1e-3)
+
+
+def test_rows_of_unlike_adapters_keep_theirs_whatever_the_batch():
+    """Batches go longest first, so the rows of one are not in the order of the names."""
+    goal = Cloze(labels={"pos": ["good"], "neg": ["bad"]})
+    model = attach(tiny("bert", vocab_size=len(WORDS)), LoRA(r=2), "a")
+    attach(model, LoRA(r=2), "b")
+    for seed, name in enumerate("ab"):
+        stir(model, name, seed)
+    alone = {}
+    for name in "ab":
+        activate(model, name)
+        alone[name] = [one["scores"]["pos"] for one in predict(model, goal, TEXTS, tokenizer=WORDS)]
+    for names in ("abbab", "a"):
+        wanted = [alone[name][i] for i, name in enumerate(names if len(names) > 1 else "aaaaa")]
+        for batch in (None, 2):
+            with per_row(model, list(names)):
+                found = predict(model, goal, TEXTS, tokenizer=WORDS, batch=batch)
+            assert [one["scores"]["pos"] for one in found] == pytest.approx(wanted, rel=1e-3)
+    with per_row(model, ["a", "b"]), pytest.raises(ValueError, match="2 names for 5 rows"):
+        predict(model, goal, TEXTS, tokenizer=WORDS)
+
+
+def test_a_head_of_another_size_and_rows_without_a_text(made):
+    model, tokenizer, _ = open_adapted(str(made / "bert"), made / "classify" / "adapter")
+    with pytest.raises(ValueError, match=r"head has 2 outputs, the rows need 3 \(a, b, c\)"):
+        predict(model, Classify(labels=("a", "b", "c")), ["good"], tokenizer=tokenizer)
+    rows_ = [{"text": "good"}, {"prompt": "good", "completion": "bad"}]
+    with pytest.raises(ValueError, match=r"row:2: .*the rows before it are 'classification'"):
+        predict(model, None, rows_, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"row:1: \[missing_field\] text: classify reads a text"):
+        predict(model, None, rows_[1:], tokenizer=tokenizer)
 
 
 READERS = [

@@ -43,6 +43,10 @@ def test_what_is_saved_builds_the_same(name):
         ("lroa", r"unknown method 'lroa'\. Did you mean 'lora'\?"),
         ("mamm", r"Did you mean 'mam'"),
         (
+            {"houlsby": {"bottleneck": 8}},
+            r"'houlsby' is a preset, which takes no fields: write its name, or .*'adapter'",
+        ),
+        (
             {"lora": {"rank": 8}},
             r"method 'lora' has no field 'rank'.* Its fields: r, alpha, dropout, targets, patterns",
         ),

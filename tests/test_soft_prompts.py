@@ -208,6 +208,15 @@ def test_a_prefix_of_a_model_without_words_starts_at_random(family):
     assert {round(delta.k.std().item(), 2) for delta in found} == {0.02}
 
 
+def test_a_prefix_leaves_every_module_in_its_mode():
+    """Its start is a forward pass in eval mode; a model may train with some parts at rest, or the other way round."""
+    model = tiny("llama").train()
+    model.model.layers[0].eval()
+    before = {name: module.training for name, module in model.named_modules()}
+    attach(model, Prefix(3))
+    assert {name: m.training for name, m in model.named_modules() if name in before} == before
+
+
 def test_a_random_prefix_is_drawn_small():
     torch.manual_seed(0)
     for delta in deltas(attach(tiny("llama"), Prefix(60, init="random"))):

@@ -321,6 +321,17 @@ def test_norms_and_biases_outside_the_blocks_are_for_all_sequences(family, of):
     torch.testing.assert_close(mixed[1:], logits(tiny(family, dtype=torch.float64), given)[1:], rtol=0, atol=1e-10)
 
 
+def test_a_bias_outside_the_blocks_need_not_be_a_norms():
+    model = attach(tiny("bert", "classify"), SpotTune(of=(BitFit(),), hidden=5))
+    outside = {path: d for path, d in slots_of(model) if isinstance(d, Beside)}
+    assert set(outside) == {"bert.embeddings.LayerNorm", "bert.pooler.dense"}
+    given = {k: v for k, v in inputs(model, rows=2).items() if k != "labels"}
+    before = model(**given).logits
+    with torch.no_grad():
+        outside["bert.pooler.dense"].bias.add_(1.0)
+    assert (model(**given).logits - before).abs().amax(-1).min() > 1e-3
+
+
 def slots_of(model):
     return [(path, d) for path, slot in slots(model).items() for d in slot.of("default")]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -80,8 +82,36 @@ def test_packed_passes_of_other_lengths(name):
     same_gradients(*(gradients(model, loss) for model in models))
 
 
+def test_each_tower_keeps_what_held_in_it():
+    def loss(model):
+        total = 0.0
+        for seed, cut in ((1, (9, 3)), (2, (2, 8))):
+            given = inputs(model, rows=2, seq=9, seed=seed)
+            given["attention_mask"] = (torch.arange(9) < torch.tensor(cut)[:, None]).long()
+            total = total + seed * model(**given).logits_per_image.diagonal().sum()
+        return total
+
+    same_gradients(*(gradients(made("clip", "gate", recompute), loss) for recompute in (False, True)))
+
+
 def test_the_blocks_own_checkpointing_is_left_as_it_was():
     model = made("llama", "gate", True)
     before = [vars(block)["_gradient_checkpointing_func"] for block in model.model.layers]
     gradients(model, preference)
     assert [vars(block)["_gradient_checkpointing_func"] for block in model.model.layers] == before
+
+
+def test_a_copy_after_a_pass_that_failed_leaves_the_original_alone():
+    """What stands in for a block's checkpointing when a pass fails knows the block it was made for."""
+    model, wanted = made("llama", "gate", True), gradients(made("llama", "gate", False), preference)
+    block = model.model.layers[0]
+    own = block._gradient_checkpointing_func
+    broken = block.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        preference(model)
+    broken.remove()
+    left, twin = block._gradient_checkpointing_func, copy.deepcopy(model)
+    same_gradients(wanted, gradients(twin, preference))
+    assert block._gradient_checkpointing_func is left
+    same_gradients(wanted, gradients(model, preference))
+    assert block._gradient_checkpointing_func is own

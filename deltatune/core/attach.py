@@ -236,6 +236,12 @@ def attached(model: nn.Module) -> tuple[str, ...]:
     return tuple(state.methods) if state else ()
 
 
+def running(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that run now, in their order."""
+    state: State | None = getattr(model, STATE, None)
+    return state.active if state else ()
+
+
 def known(model: nn.Module, *names: str) -> State:
     state = getattr(model, STATE, None)
     have = attached(model)

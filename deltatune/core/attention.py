@@ -317,13 +317,14 @@ def restore_attention(model: nn.Module, previous: Mapping[str, str | None]) -> N
 def keys_values(model: nn.Module, inputs: Mapping[str, Tensor]) -> Seen:
     """module -> the keys and values [batch, kv_heads, seq, dim] that its attention gets in one pass over `inputs`."""
     found: Seen = {}
-    previous, training = use_attention(model), model.training
+    previous, trained = use_attention(model), [m for m in model.modules() if m.training]
     token = _SEEN.set(found)
     try:
         trunk(model.eval())(**inputs)
     finally:
         _SEEN.reset(token)
-        model.train(training)
+        for module in trained:  # one by one: parts of a model may be in another mode than the whole
+            module.training = True
         restore_attention(model, previous)
     return found
 

@@ -33,8 +33,10 @@ def first(config: Any) -> int:
 
 def tabled(model: Any) -> int | None:
     """`places`, where they are rows of a table past whose end nothing can be read; None for computed positions."""
-    tables = any(TABLE.search(name) and isinstance(layer, nn.Embedding) for name, layer in layers(model))
-    return places(model.config) if tables and hasattr(model, "config") else None
+    room = places(model.config) if hasattr(model, "config") else None
+    tables = [layer for name, layer in layers(model) if TABLE.search(name) and isinstance(layer, nn.Embedding)]
+    # a smaller table is of something else: the pictures' beside a text whose positions are computed
+    return room if room is not None and any(layer.num_embeddings >= room for layer in tables) else None
 
 
 def fits(room: int, model: Any, shift: int, called: tuple[tuple, Mapping[str, Any]]) -> None:

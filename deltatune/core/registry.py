@@ -149,6 +149,8 @@ def build(spec: Any) -> tuple[Any, ...]:
 
 
 def build_one(name: str, fields: dict[str, Any]) -> Any:
+    if name in PRESETS and name not in METHODS:
+        raise ValueError(f"{name!r} is a preset, which takes no fields: write its name, or {PRESETS[name]['method']}")
     if name not in METHODS:
         choices = [*METHODS, *PRESETS]
         raise ValueError(

@@ -82,7 +82,8 @@ class Replay(Watch):
     def look(self, layer: Any, given: Call, pick: Callable[[Tensor], Tensor]) -> None:
         if not (layer.training and getattr(layer, "gradient_checkpointing", False) and torch.is_grad_enabled()):
             return
-        checkpoint, held = layer._gradient_checkpointing_func, [dict(vars(now)) for now in self.nows]
+        found, held = layer._gradient_checkpointing_func, [dict(vars(now)) for now in self.nows]
+        checkpoint = getattr(found, "own", found)  # ours is there still where a forward pass failed before its block
 
         def kept(run: Callable[..., Any], *args: Any) -> Any:
             """In place of the block's own `checkpoint`, this once."""
@@ -95,6 +96,7 @@ class Replay(Watch):
 
             return checkpoint(again, *args)
 
+        kept.own = checkpoint  # type: ignore[attr-defined]
         layer._gradient_checkpointing_func = kept
 
 

@@ -297,6 +297,8 @@ def convert(row: Row, format: str | None = None) -> Example:
 def attempt(row: Row, format: str, how: Intake = AS_IT_COMES) -> tuple[Example, list[BadRow]]:
     """(example, faults): the example only counts when there are no faults."""
     faults, wanted = Faults(row.where), how.wanted
+    if doubled := how.doubled(row):
+        return Example(row.where), doubled
     form, value = (own(wanted), row.columns) if format == OWN else (FORMATS[format], row.value)
     if missing := form.missing(value, how.left):
         faults += _lacking(row, missing, how) if format == OWN else [_lacks(row, format, missing)]

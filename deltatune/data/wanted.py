@@ -83,9 +83,20 @@ class Intake:
         """The row without what it says of an answer that it asks for."""
         if not self.left:
             return row
-        hidden = {*self.left, *(old for old, new in self.names.items() if new in self.left)}
-        value, given = ({k: v for k, v in part.items() if k not in hidden} for part in (row.value, row.given))
+        value = {name: v for name, v in row.value.items() if name not in self.left}
+        given = {k: v for k, v in row.given.items() if not {k, self.names.get(k)} & set(self.left)}
         return replace(row, value=value, given=given)
+
+    def doubled(self, row: Row) -> list[BadRow]:
+        """The fault of a row of which several columns would get one name."""
+        by: dict[str, list[str]] = {}
+        for old in row.given:
+            by.setdefault(self.names.get(old, ""), []).append(old)
+        return [
+            BadRow("renamed_twice", row.where, new, f"columns names {' and '.join(olds)} so", "Keep one of them")
+            for new, olds in by.items()
+            if new and len(olds) > 1
+        ]
 
     def turned(self, row: Row) -> str:
         """' Did you mean ...?' where `columns` seems to be written the wrong way round for a row, or nothing."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.attach import known
+from ..core.attach import known, running
 from ..core.state import STATE, State
 from ..core.store import prompt_sets, prompt_tasks
 from ..data.batch import side_by_side
@@ -96,8 +96,7 @@ def prompted(model: nn.Module, *names: str) -> dict[str, Any]:
 
 def recorded(model: nn.Module) -> list[Mapping[str, Any]]:
     """What the runs of the active adapters recorded: the objective, and whether prompts were plain."""
-    state: State | None = getattr(model, STATE, None)
-    return [state.records.get(name, {}) for name in state.active] if state else []
+    return [known(model).records.get(name, {}) for name in running(model)]
 
 
 def plain(model: nn.Module) -> bool:

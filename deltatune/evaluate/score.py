@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.attach import takes_packed
+from ..core.attach import rows_of, takes_packed
 from ..data.batch import Batching, plan
 from ..data.encode import Encoded
 from ..data.example import Example
@@ -151,12 +151,15 @@ def parts(job: Job, examples: Sequence[Example], rows_at_once: int | None = None
     None: as many as BATCH_TOKENS allows."""
     own = job.measured(examples)
     rows = [row for windows in own for row in windows]
+    owner = [i for i, windows in enumerate(own) for _ in windows]
     found: list[Any] = [None] * len(rows)
     lengths = [r.length for r in rows]
     by_tokens = Batching(tokens=max(BATCH_TOKENS, max(lengths, default=0)), group=True)
     for group in plan(lengths, by_tokens if rows_at_once is None else Batching(rows=rows_at_once, group=True)):
         batch = job.batch([rows[i] for i in group], False)
-        for i, said in zip(group, job.objective.parts(job.model, batch), strict=True):
+        with rows_of(job.model, [owner[i] for i in group], len(own)):  # longest first: no longer in their order
+            each = job.objective.parts(job.model, batch)
+        for i, said in zip(group, each, strict=True):
             found[i] = said
     said = iter(found)
     return [[next(said) for _ in windows] for windows in own]

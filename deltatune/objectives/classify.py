@@ -22,7 +22,7 @@ from ..data.batch import Batch
 from ..data.check import mixed_labels
 from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
-from ..data.problems import Problems
+from ..data.problems import BadRow, Problems
 from ..data.wanted import LABELS, Wanted
 from .common import class_head, combined, exact, load, name_classes, read_out, run, shares
 
@@ -154,7 +154,10 @@ class Classify:
         return {"label": said, "scores": shares(parts[0], names)}
 
     def asked(self, example: Example) -> Example:
-        """The row with an answer that nothing reads, so that it can be encoded."""
+        """The row with an answer that nothing reads, so that it can be encoded. BadRow for one without an input."""
+        if example.text is None and example.media is None:
+            fix = "Name the column that holds it: data.columns: {yours: text}"
+            raise BadRow("missing_field", example.where, "text", "classify reads a text (image or audio)", fix)
         return replace(example, label=self.labels[0] if self.labels else 0.0)
 
     def reference(self, example: Example) -> Any:

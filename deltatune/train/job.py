@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config, recipes
-from ..core.attach import activate, attach, attached, each, known, packing, trainable
+from ..core.attach import activate, attach, attached, each, known, packing, running, trainable
 from ..core.delta import Given
 from ..core.registry import bound
 from ..core.site import head_modules
@@ -301,7 +301,7 @@ def settle_encoding(job: Job) -> Job:
         max_length=longest(job),
         train_on=getattr(job.objective, "train_on", "assistant"),
         decoder=kind_of(job.model) == "seq2seq" and not job.objective.task_head,
-        **prompted(job.model, job.adapter),
+        **prompted(job.model, *running(job.model)),
         media=job.media,
     )
     return job

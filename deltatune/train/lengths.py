@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..core.attach import known
+from ..core.attach import shifted
 from ..core.places import places
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def longest(job: Job) -> int:
     room = places(config)
     if room is None or (job.media is not None and job.media.kind == "image"):
         return wanted
-    taken = known(job.model, job.adapter).shifts.get(job.adapter, 0) if job.adapter else 0
+    taken = shifted(job.model)
     room -= taken
     if room < 1:
         raise ValueError(

@@ -13,13 +13,12 @@ from torch import nn
 from ..config import READ
 from ..core import registry
 from ..core.attach import attached
-from ..core.state import STATE, State
 from ..data.example import Example
 from ..data.formats import converted
 from ..data.problems import BadRow, Problems, nearest
 from ..data.readers import Row
 from ..data.sources import renamed
-from ..evaluate.asking import alone, combining
+from ..evaluate.asking import alone, combining, recorded
 from ..evaluate.generate import evaluating
 from ..evaluate.score import parts
 from ..objectives import build, record
@@ -79,8 +78,7 @@ def remembered(model: nn.Module, objective: Any) -> dict[str, Any]:
     """What the run of the active adapter recorded, with the fields that `objective` sets in place of its own.
 
     ValueError where neither says what is asked."""
-    state: State | None = getattr(model, STATE, None)
-    found = dict(next((state.records[name] for name in state.active if name in state.records), {})) if state else {}
+    found = dict(next(filter(None, recorded(model)), {}))
     if objective is None and not found:
         raise ValueError(f"no run of an active adapter says what is asked ({attached(model)}): give the objective")
     if objective is not None:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import READ, Config, resolve
-from ..core.attach import disabled
+from ..core.attach import disabled, running
 from ..core.merging import merge
 from ..core.quant import scheme
-from ..core.state import STATE, State
 from ..core.store import load as load_adapter
 from ..core.store import read_manifest
 from ..data.encode import Encoding
@@ -163,9 +162,10 @@ def decided(objective: Any) -> bool:
 
 
 def job_of(model: nn.Module, tokenizer: Any, objective: Any, config: Config, examples: Sequence[Example]) -> Job:
-    """A job that trains nothing: `examples` for a model, with the adapter it has."""
-    state: State | None = getattr(model, STATE, None)
-    name = next(iter(state.active), "") if state else ""
+    """A job that trains nothing: `examples` for a model, with the adapters that run. Refusal or ValueError where it has
+    not the head that the objective reads."""
+    objective.check(model)
+    name = next(iter(running(model)), "")
     tokenizer, processor = parted(tokenizer)
     job = Job(config, model, tokenizer, objective, name, Encoding(), [], list(examples), {}, processor=processor)
     return settle_encoding(job)
