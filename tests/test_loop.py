@@ -413,3 +413,13 @@ def test_another_adapter_does_not_resume(tmp_path: Path) -> None:
 def test_toy_is_what_it_says() -> None:
     assert sorted(loop().trainable) == ["bias", "low.lora_A", "low.lora_B"]
     assert isinstance(toy(), Toy)
+
+
+def test_packed_rows_are_counted_by_their_lengths() -> None:
+    from deltatune.data.batch import Batch
+    from deltatune.train.measure import figures
+
+    packed = Batch({"input_ids": torch.zeros(1, 9, dtype=torch.long)}, torch.ones(1, 9), (4, 3, 2))
+    plain = Batch({"pixel_values": torch.zeros(2, 3, 4, 4)}, torch.tensor([0, 1]))
+    found = figures([packed, plain], [torch.tensor(1.0)], 2.0, 1)
+    assert (found["rows"], found["tokens"], found["rows_per_s"]) == (5, 9, 2.5)

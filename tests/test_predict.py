@@ -254,6 +254,28 @@ def test_the_active_adapter_answers():
     assert said[0] != said[1]
 
 
+def test_one_of_several_prompts_is_one_of_the_rows_own_task():
+    goal = Cloze(labels={"pos": ["good"], "neg": ["bad"]})
+    model = attach(tiny("bert", vocab_size=len(WORDS)), Prompt(2, count=2, tasks=("a", "b")))
+    stir(model, "default", 0)
+    asked = [{"text": "nice", "task": task} for task in "ab"]
+
+    def scores(**how) -> list[float]:
+        return [one["scores"]["pos"] for one in predict(model, goal, asked, tokenizer=WORDS, **how)]
+
+    first, second, both = scores(prompt=0), scores(prompt=1), scores(combine="average")
+    assert both == pytest.approx([(x + y) / 2 for x, y in zip(first, second, strict=True)], rel=1e-4)
+    assert len({round(x, 4) for x in (*first, *second)}) == 4
+
+
+def test_the_model_says_whether_a_row_may_have_several_labels():
+    model = tiny("bert", "classify", vocab_size=len(WORDS))
+    goal = Classify(labels=("a", "b", "c"))
+    assert set(predict(model, goal, ["good"], tokenizer=WORDS)[0]) == {"index", "label", "scores"}
+    model.config.problem_type = "multi_label_classification"
+    assert set(predict(model, goal, ["good"], tokenizer=WORDS)[0]) == {"index", "labels", "scores"}
+
+
 def test_the_prompts_of_all_active_adapters_ask_whichever_is_first():
     goal = Cloze(labels={"pos": ["good"], "neg": ["bad"]})
     model = attach(tiny("bert", vocab_size=len(WORDS)), LoRA(r=2, init="gaussian"), "change")

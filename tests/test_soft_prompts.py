@@ -199,6 +199,7 @@ def test_a_prefix_starts_at_words_sampled_from_the_vocabulary(family):
     theirs = deltas(attach(model, Prefix(5, init="words", ids=ids), "theirs"), "theirs")
     assert all(torch.equal(a.k, b.k) and torch.equal(a.v, b.v) for a, b in zip(ours, theirs, strict=True))
     assert len(set(ids)) == 5
+    assert all(t.is_contiguous() for d in ours for t in (d.k, d.v))  # as a checkpoint's, or sums differ after a resume
 
 
 @pytest.mark.parametrize("family", ["vit", "clip", "whisper"])
@@ -215,6 +216,17 @@ def test_a_prefix_leaves_every_module_in_its_mode():
     before = {name: module.training for name, module in model.named_modules()}
     attach(model, Prefix(3))
     assert {name: m.training for name, m in model.named_modules() if name in before} == before
+
+
+def test_a_stored_prefix_is_loaded_without_a_pass_through_the_base(tmp_path):
+    """Its start is not needed, and costs a forward pass of the base."""
+    model, ran = tiny("llama"), []
+    model.model.register_forward_hook(lambda *_: ran.append(1))
+    attach(model, Prefix(3))
+    assert ran == [1]
+    save(model, "default", tmp_path / "p")
+    load(model, tmp_path / "p", "again")
+    assert ran == [1]
 
 
 def test_a_random_prefix_is_drawn_small():
