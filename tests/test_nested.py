@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny_run as t
+import tiny_tokenizers as tt
 from conformance import logits
 from deltatune import IA3, Adapter, LoRA, Prefix, Prompt, attach, load, save
 from deltatune.core.attach import packing, parameters, prepare, trainable
@@ -250,3 +251,10 @@ def test_the_policys_gradient_is_the_difference_of_the_whole_blocks(of):
     expected = (seen[0].grad * (seen[1] - seen[2])).sum((1, 2))
     torch.testing.assert_close(soft.grad[:, 1], expected, rtol=0, atol=1e-10)
     assert expected.abs().min() > 1e-7
+
+
+@pytest.mark.parametrize("name", ["gate", "spottune"])
+def test_methods_inside_get_their_words_as_ids(name):
+    outer = METHODS[name].cls(of=(LoRA(r=2), Prefix(3, init="words", words="good")))
+    inside = outer.bind(tt.bert_like("good bad")).of
+    assert (inside[0], len(inside[1].ids)) == (LoRA(r=2), 1)
