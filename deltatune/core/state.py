@@ -64,9 +64,10 @@ class State:
     def shift(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Trunk hook: real tokens stand after the active prefixes' positions. ValueError where rows() does not fit: its
         layers cannot tell, some see tokens without their rows."""
-        given = [x for x in (*args[:1], *(kwargs.get(name) for name in INPUTS)) if x is not None]
-        if self.rows is not None and given:  # a decoder alone is given none
-            copies(len(given[0]), len(self.rows))
+        if self.rows is not None:
+            given = [x for x in (*args[:1], *map(kwargs.get, INPUTS)) if x is not None]
+            for x in given[:1]:  # a decoder alone is given none
+                copies(len(x), len(self.rows))
         if self.room is not None:
             fits(self.room, module, self.moved(), (args, kwargs))
         if not any(self.shifts.get(n) for n in self.active):

@@ -67,9 +67,9 @@ def intake(config: Config, asks: bool = False) -> Intake:
 def read(refs: Sequence[str], config: Config, notes: list[str], asks: bool = False) -> list[Example]:
     """The rows of references; ValueError with every one that cannot be used. asks: what they say of the answer is not
     read."""
-    found: list[Example] = []
+    found, how = list[Example](), intake(config, asks)
     for task, ref in map(task_of, refs):
-        rows, problems = formats.load(ref, intake(config, asks))
+        rows, problems = formats.load(ref, how)
         notes += [*problems.notes, *map(str, problems.warnings)]
         found += [row.in_task(task) for row in rows]
     return found
