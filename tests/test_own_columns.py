@@ -16,7 +16,7 @@ from deltatune.data.problems import Problems
 from deltatune.data.readers import Row
 from deltatune.data.sources import renamed
 from deltatune.data.stream import Order, stream
-from deltatune.data.wanted import Intake
+from deltatune.data.wanted import Intake, Wanted
 from deltatune.train.run import run
 from models import tiny
 
@@ -115,6 +115,15 @@ def test_a_renamed_column_has_both_its_names(tmp_path):
     assert found.label == "pos"
     (plain,), _ = load(path, Intake(columns={"story": "text", "category": "label"}))
     assert (plain.text, plain.kind) == ("s", "classification")
+
+
+@pytest.mark.parametrize("wanted", [CLOZE.wants, Cloze().wants, Wanted()], ids=["own", "text", "none"])
+def test_a_renamed_column_that_is_not_there_is_named(tmp_path, wanted):
+    path = own_rows(tmp_path / "a.jsonl", "category")
+    problems = Problems()
+    list(examples(path, problems, Intake(columns={"storey": "text", "catgory": "label"}, wanted=wanted)))
+    said = str(problems.errors[0])
+    assert "data.columns names 'catgory', which is no column here. Did you mean 'category'?" in said
 
 
 def test_columns_the_wrong_way_round_are_seen(tmp_path):

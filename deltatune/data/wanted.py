@@ -99,11 +99,17 @@ class Intake:
         ]
 
     def turned(self, row: Row) -> str:
-        """' Did you mean ...?' where `columns` seems to be written the wrong way round for a row, or nothing."""
+        """A hint where `columns` is the wrong way round for a row, or names what it does not have; or nothing."""
         columns = row.given or row.value
+        strange = [old for old, new in self.names.items() if old not in columns and new not in columns]
         pairs = [(old, new) for old, new in self.names.items() if old not in columns and new in columns]
         said = ", ".join(f"{new}: {old}" for old, new in pairs)
-        return f" Did you mean columns: {{{said}}}? The left side is the column in your file" if pairs else ""
+        if pairs:
+            return f" Did you mean columns: {{{said}}}? The left side is the column in your file"
+        return "".join(
+            f" data.columns names {old!r}, which is no column here.{nearest(old, [str(c) for c in columns], 0.6)}"
+            for old in strange
+        )
 
 
 AS_IT_COMES = Intake()
