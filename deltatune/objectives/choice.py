@@ -21,7 +21,8 @@ from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler
 from .classify import refuse_mixed, spelled
 from .cloze import parsed
-from .common import combined, exact, kept_logits, kind_of, language_class, load, needs_words, read_out, shares
+from .common import combined, kind_of, language_class, load, needs_words, read_out, shares, states_at
+from .projection import Projection, states
 
 SMALLEST = 1e-6  # 1 - p below this counts as this: a certain wrong answer has a finite loss
 
@@ -132,10 +133,10 @@ class Choice:
     def scores(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         """(log-probability of every token [rows, choices, longest], which of them are real)."""
         assert batch.choices is not None, "Choice.bind must come before the first batch"
-        logits = (decoded if self.seq2seq else continued)(model, batch)
         real = batch.choices != IGNORE
-        each = exact(logits).log_softmax(-1).gather(-1, batch.choices.clamp(min=0)[..., None]).squeeze(-1)
-        return each.masked_fill(~real, 0.0), real
+        found, projection = (decoded if self.seq2seq else continued)(model, batch, real)
+        losses = projection.losses(found, batch.choices[real])[0]
+        return losses.new_zeros(real.shape).index_put((real,), -losses), real
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """(sum over the rows, metrics)."""
@@ -203,8 +204,8 @@ def t_few(each: Tensor, real: Tensor, right: Tensor, weights: tuple[float, float
     )
 
 
-def continued(model: Any, batch: Batch) -> Tensor:
-    """A causal model's logits at every token of every choice [rows, choices, longest, vocab]."""
+def continued(model: Any, batch: Batch, real: Tensor) -> tuple[Tensor, Projection]:
+    """A causal model's states [n, d] in front of each token that is `real` [rows, choices, longest]."""
     assert batch.choices is not None
     ids, answers = batch.inputs["input_ids"], batch.choices
     (rows, count, longest), starts = answers.shape, batch.inputs["attention_mask"].sum(1)
@@ -212,27 +213,23 @@ def continued(model: Any, batch: Batch) -> Tensor:
     steps = torch.arange(longest, device=ids.device)
     places = (starts[:, None] + steps)[:, None].expand(rows, count, longest)
     whole = whole.scatter(2, places, answers.clamp(min=0)).flatten(0, 1)
-    ends = (starts[:, None] + (answers != IGNORE).sum(-1)).flatten()
+    ends = (starts[:, None] + real.sum(-1)).flatten()
     mask = (torch.arange(whole.shape[1], device=ids.device) < ends[:, None]).long()
-    keep = torch.arange(int(starts.min()) - 1, int(starts.max()) + longest - 1, device=ids.device)
     inputs = Batch({"input_ids": whole, "attention_mask": mask}, batch.labels)
-    logits = kept_logits(model, inputs, keep)
-    at = (places - 1 - keep[0]).flatten(0, 1)
-    return logits.gather(1, at[..., None].expand(-1, -1, logits.shape[-1])).unflatten(0, (rows, count))
+    sequence = torch.arange(rows * count, device=ids.device).view(rows, count, 1).expand_as(real)
+    return states_at(model, inputs, (sequence[real], places[real] - 1))
 
 
-def decoded(model: Any, batch: Batch) -> Tensor:
+def decoded(model: Any, batch: Batch, real: Tensor) -> tuple[Tensor, Projection]:
     """An encoder-decoder's: the input is encoded once for all its choices."""
     assert batch.choices is not None
     count = batch.choices.shape[1]
     hidden = model.get_encoder()(**batch.inputs)[0].repeat_interleave(count, 0)
     start = model.prepare_decoder_input_ids_from_labels(labels=batch.choices.flatten(0, 1))
     mask = batch.inputs["attention_mask"].repeat_interleave(count, 0)
-    out = model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=hidden), attention_mask=mask, decoder_input_ids=start,
-        use_cache=False,
-    )  # fmt: skip
-    return out.logits.unflatten(0, (-1, count))
+    given = {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden), "attention_mask": mask}
+    at = real.flatten(0, 1).nonzero(as_tuple=True)
+    return states(model, lambda: model(**given, decoder_input_ids=start, use_cache=False), at)
 
 
 def masked(config: Any) -> Refusal:

@@ -18,7 +18,7 @@ from ..data.example import Example
 from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler, Template
 from .classify import refuse_mixed, spelled
-from .common import combined, exact, kept_logits, language_class, load, needs_words, read_out, shares
+from .common import combined, language_class, load, needs_words, read_out, shares, states_at
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Cloze:
         """[rows, classes]: the mean log-probability of each class's words at the gap."""
         assert batch.mask_at is not None
         assert self.words, "Cloze.bind must come before the first batch"
-        keep, place = torch.unique(batch.mask_at, return_inverse=True)
-        logits = kept_logits(model, batch, keep)
-        at_gap = exact(logits[torch.arange(len(place), device=place.device), place]).log_softmax(-1)
+        rows = torch.arange(len(batch.mask_at), device=batch.mask_at.device)
+        found, projection = states_at(model, batch, (rows, batch.mask_at))
+        at_gap = projection.logits(found).log_softmax(-1)
         columns = [at_gap[:, list(ids)].mean(-1) for ids in self.words]
         return torch.stack(columns, -1)
 

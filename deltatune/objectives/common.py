@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..core.delta import Refusal
 from ..core.site import head_modules, output_layer
 from ..data.batch import Batch
 from ..data.media import reads
+from .projection import Projection, exact, states
 
 IGNORE = -100
 
@@ -172,16 +172,10 @@ def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
     return read.masked_fill(read == IGNORE, model.config.pad_token_id)
 
 
-def kept_logits(model: nn.Module, batch: Batch, keep: Tensor) -> Tensor:
-    """Logits [rows, len(keep), vocab] at the positions `keep` [n] alone, where the model can leave the others out."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        return run(model, batch, use_cache=False, logits_to_keep=keep).logits
-    return run(model, batch).logits.index_select(1, keep)
-
-
-def exact(logits: Tensor) -> Tensor:
-    """Half-precision logits in fp32; others as they are."""
-    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+def states_at(model: Any, batch: Batch, at: tuple[Tensor, ...], **more: Any) -> tuple[Tensor, Projection]:
+    """The states [n, d] at `at` = (rows [n], positions [n]) of a forward pass, and what makes logits of them."""
+    cached = {} if kind_of(model) == "masked" else {"use_cache": False}
+    return states(model, lambda: run(model, batch, **cached, **more), at)
 
 
 def combined(scores: Tensor, batch: Batch) -> Tensor:
@@ -207,6 +201,11 @@ def read_out(objective: Any, model: nn.Module, batch: Batch) -> list[Any]:
 def shares(scores: Tensor, names: Sequence[str]) -> dict[str, float]:
     """{name: probability} of unnormalised log-probabilities [classes]."""
     return dict(zip(names, scores.softmax(-1).tolist(), strict=True))
+
+
+def summed(losses: Tensor, hits: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """(the sum of each token's loss, metrics: the share of tokens predicted right)."""
+    return losses.sum(), {"token_accuracy": float(hits.sum()) / max(len(hits), 1)}
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:

@@ -16,7 +16,7 @@ from ..data.example import Example
 from ..data.problems import BadRow
 from ..data.wanted import COMPLETIONS, Wanted
 from ..prompting.template import Filler, Template
-from .common import IGNORE, decoder_inputs, kept_logits, kind_of, language_class, load, needs_words, run, token_loss
+from .common import IGNORE, decoder_inputs, kind_of, language_class, load, needs_words, states_at, summed
 
 
 @dataclass(frozen=True)
@@ -70,13 +70,12 @@ class SFT:
 
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         """(sum over the supervised tokens, metrics). Logits are made only at the positions that predict one."""
-        if kind_of(model) == "seq2seq":
-            start = decoder_inputs(model, batch.labels)
-            out = run(model, batch, decoder_input_ids=start, use_cache=False)
-            return token_loss(out.logits, batch.labels)
-        wanted = batch.labels[:, 1:]  # position t predicts token t + 1
-        keep = (wanted != IGNORE).any(0).nonzero().squeeze(-1)
-        return token_loss(kept_logits(model, batch, keep), wanted.index_select(1, keep))
+        seq2seq = kind_of(model) == "seq2seq"
+        more = {"decoder_input_ids": decoder_inputs(model, batch.labels)} if seq2seq else {}
+        wanted = batch.labels if seq2seq else batch.labels[:, 1:]  # a decoder's position t predicts token t + 1
+        at = (wanted != IGNORE).nonzero(as_tuple=True)
+        found, projection = states_at(model, batch, at, **more)
+        return summed(*projection.losses(found, wanted[at]))
 
     def reference(self, example: Example) -> str | None:
         """The answer that a generated one is compared with; None: plain text, or a last turn of weight 0."""
