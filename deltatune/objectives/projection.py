@@ -16,7 +16,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..core.delta import SLOT
@@ -161,8 +160,9 @@ class Chunked(torch.autograd.Function):
         return losses, hits
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor, _: Any) -> Any:
+        if torch.is_grad_enabled():  # create_graph: what was made in the forward pass is a constant here
+            raise RuntimeError("losses made in pieces have no second derivative: take it of the model's own logits")
         d_states, d_weight, d_bias, states, weight, bias = ctx.saved_tensors
         out = None if d_states is None else d_states * g[:, None].to(d_states.dtype)
         if d_weight is None and d_bias is None:
