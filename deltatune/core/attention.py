@@ -400,6 +400,22 @@ def heads(module: nn.Module) -> Heads:
     return Heads(query, int(query) // int(getattr(module, "num_key_value_groups", 1)), dim)
 
 
+def unpackable(model: Any) -> str:
+    """Why packed sequences could not be kept apart in `model`; "" where they can."""
+    config = getattr(model, "config", None)
+    if pairs(model):
+        return "an encoder-decoder has two lengths per row"
+    if "position_ids" not in inspect.signature(trunk(model).forward).parameters:
+        return "its positions cannot begin again"
+    if getattr(config, "attention_chunk_size", None):
+        return "its attention counts chunks from the start of a batch"
+    try:
+        restore_attention(model, use_attention(model))
+    except Refusal as refusal:
+        return refusal.found
+    return ""
+
+
 def positions(model: nn.Module, lens: Sequence[int]) -> Tensor:
     """position_ids [1, sum(lens)] that restart for each sequence, as `model` counts (RoBERTa starts at pad + 1)."""
     trunk: Any = getattr(model, "base_model", model)

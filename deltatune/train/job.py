@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..config import Config, recipes
 from ..core.attach import activate, attach, attached, each, known, packing, running, trainable
+from ..core.attention import unpackable
 from ..core.delta import Given
 from ..core.registry import bound
 from ..core.site import head_modules
@@ -86,20 +87,20 @@ class Job:
         ids = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
         return next((int(i) for i in ids if i is not None), 0)
 
-    @property
+    @cached_property
     def packs(self) -> bool:
-        """Whether rows are laid end to end: by default wherever objective and family allow it."""
+        """Whether the rows of a batch are laid end to end: by default wherever objective and family allow it."""
         wanted = self.config.data.packing
-        legal = self.objective.packs and kind_of(self.model) != "seq2seq"
-        if wanted == "on" and not legal:
+        if wanted == "off" or (wanted == "auto" and not self.objective.packs):
+            return False
+        why = unpackable(self.model) if self.objective.packs else "its rows have a target each, or a mask"
+        if wanted == "on" and why:
             where = f"{self.objective.name} on {type(self.model).__name__}"
-            raise ValueError(f"data.packing: on does not work for {where}; leave it auto")
-        if wanted == "on" and self.config.train.batch_tokens is None:
-            raise ValueError("data.packing: on fills batches by tokens: give train.batch_tokens, not batch_rows")
-        return legal and wanted != "off"
+            raise ValueError(f"data.packing: on does not work for {where} ({why}); leave it auto")
+        return not why
 
     def batching(self) -> Batching:
-        t, packs = self.config.train, self.packs and self.config.train.batch_tokens is not None
+        t, packs = self.config.train, self.packs
         return Batching(t.batch_tokens, t.batch_rows, packing=packs, group=not packs)
 
     def sampler(self) -> Sampler | Flow:
