@@ -43,8 +43,8 @@ def given(model: nn.Module) -> dict:
 # ---- soft prompts of one list ----------------------------------------------------------------------------------------
 LISTS = [
     ([Prompt(2), Prompt(3)], ((97, 98, 99, 100, 101),)),
-    ([PTuning(2, "mlp"), Prompt(1), PTuning(2)], ((97, 98, 99, 100, 101),)),
-    ([Prompt(2, count=2), PTuning(1, "mlp")], ((97, 98, 101), (99, 100, 101))),
+    ([PTuning(2, encoder="mlp"), Prompt(1), PTuning(2)], ((97, 98, 99, 100, 101),)),
+    ([Prompt(2, count=2), PTuning(1, encoder="mlp")], ((97, 98, 101), (99, 100, 101))),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,6 @@ from ..core.registry import choice, method, whole
 from ..core.site import Site
 from ._place import looked_up, place
 from ._rows import Rows, check_several, sampled
-
-INITS = ("vocab", "uniform", "text", "labels")
 
 
 @method(
@@ -40,6 +38,8 @@ class Prompt:
     "vote", or their scores by "average". tasks: each has prompts of its own, which its rows alone train.
     """
 
+    INITS: ClassVar = ("vocab", "uniform", "text", "labels")
+
     length: int = 20
     init: str = "vocab"
     text: str = ""
@@ -50,46 +50,51 @@ class Prompt:
     ids: tuple[tuple[int, ...], ...] = ()  # the words' token ids, by vector: `bind` finds them
 
     def __post_init__(self) -> None:
-        whole("Prompt length", self.length)
-        check_several("Prompt", self.count, self.combine, self.tasks)
-        choice("Prompt init", self.init, INITS)
+        who = type(self).__name__
+        whole(f"{who} length", self.length)
+        check_several(who, self.count, self.combine, self.tasks)
+        choice(f"{who} init", self.init, self.INITS)
         if not isinstance(self.text, str) or isinstance(self.labels, str):
-            raise ValueError(f"Prompt text is a text, labels a list of words: got {self.text!r} and {self.labels!r}")
+            raise ValueError(f"{who} text is a text, labels a list of words: got {self.text!r} and {self.labels!r}")
         if self.ids and self.init not in ("text", "labels"):
-            raise ValueError(f"Prompt ids start an init text or labels, not {self.init!r}, which reads none")
+            raise ValueError(f"{who} ids start an init text or labels, not {self.init!r}, which reads none")
         object.__setattr__(self, "ids", tuple(tuple(i) for i in self.ids))
         for kind, given in (("text", self.text), ("labels", self.labels)):
             if (self.init == kind) != bool(given or (self.ids and self.init == kind)):
-                raise ValueError(f"Prompt init {kind!r} needs {kind}, no other does: init {self.init!r}, {given!r}")
+                raise ValueError(f"{who} init {kind!r} needs {kind}, no other does: init {self.init!r}, {given!r}")
         named = len(self.labels)
         if named > self.length:
-            raise ValueError(f"Prompt length {self.length} is too short for {named} labels")
+            raise ValueError(f"{who} length {self.length} is too short for {named} labels")
         if self.count > 1 and (self.init == "text" or named == self.length):
-            raise ValueError(
-                f"{self.count} prompts that start from the same words would stay the same: "
-                "choose init vocab or uniform, or labels with a greater length"
-            )
+            same = f"{self.count} prompts that start from the same words would stay the same"
+            raise ValueError(f"{same}: choose init vocab, or labels with a greater length")
 
-    def bind(self, tokenizer: Any) -> Prompt:
+    def bind(self, tokenizer: Any) -> Self:
         """The prompt with its words as token ids."""
         if not (self.text or self.labels):
             return self
         found = [tokenizer(f" {w}", add_special_tokens=False)["input_ids"] for w in self.labels]
         found += [[i] for i in tokenizer(self.text, add_special_tokens=False)["input_ids"]] if self.text else []
         if not found or not all(found):
-            raise ValueError(f"Prompt {self.init} {self.text or self.labels!r}: a word is no token of this tokenizer")
+            raise ValueError(
+                f"{type(self).__name__} {self.init} {self.text or self.labels!r}: a word is no token of this tokenizer"
+            )
         return replace(self, ids=tuple(map(tuple, found)))
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
-        (site, layer), several = place(model), self.count * max(len(self.tasks), 1)
-        yield site, Rows(layer, torch.cat([self.start(layer) for _ in range(several)]), self.length)
+        site, layer = place(model)
+        yield site, Rows(layer, self.starts(layer), self.length)
+
+    def starts(self, layer: nn.Embedding) -> Tensor:
+        """[prompts length, d] of all prompts, those of the first task before the second's."""
+        return torch.cat([self.start(layer) for _ in range(self.count * max(len(self.tasks), 1))])
 
     def start(self, layer: nn.Embedding) -> Tensor:
         """[length, d] of one prompt."""
         if self.init == "uniform":
             return torch.rand(self.length, layer.embedding_dim) - 0.5
         if self.init != "vocab" and not self.ids:
-            raise ValueError(f"Prompt {self.init} is not token ids yet: attach(model, Prompt(...).bind(tokenizer))")
+            raise ValueError(f"init {self.init} is not token ids yet: attach(model, method.bind(tokenizer))")
         if self.init == "text":
             return looked_up(layer, [self.ids[i % len(self.ids)] for i in range(self.length)])
         return looked_up(layer, [*self.ids, *sampled(layer, self.length - len(self.ids))])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..core.delta import Delta
-from ..core.registry import choice, method, whole
+from ..core.delta import Delta, blank
+from ..core.registry import choice, method
 from ..core.site import Site
 from ._place import place
-from ._rows import Rows, check_several
+from ._rows import Rows
+from .prompt import Prompt
 
 ENCODERS = ("lstm", "mlp")
 
@@ -25,24 +27,23 @@ ENCODERS = ("lstm", "mlp")
     tiny={"": {"length": 3}, "ptuning-mlp": {"length": 2, "encoder": "mlp", "count": 2, "tasks": ("a", "b")}},
 )
 @dataclass(frozen=True)
-class PTuning:
+class PTuning(Prompt):
     """`length` virtual tokens whose vectors an encoder makes from learned inputs; a template's <soft> places them.
 
     encoder "lstm" (the paper's): two bidirectional layers of d / 2 units a direction, then d -> d, ReLU, d -> d;
-    "mlp": three layers of d. count: so many prompts through one encoder, combined as those of Prompt.
-    tasks: each has prompts of its own, made by the one encoder that all tasks share.
+    "mlp": three layers of d. init "random": what that makes of random inputs, as in the authors' program; otherwise as
+    in Prompt, the encoder's last layer fitted to make those vectors (exactly, while they are no more than d).
+    count: so many prompts through one encoder, combined as those of Prompt; tasks: each has prompts of its own, made by
+    the one encoder that all tasks share.
     Parameters: n = tasks count length d; while training n + 14 d^2 + 18 d (lstm) or n + 3 d^2 + 3 d (mlp).
     """
 
-    length: int = 20
+    INITS: ClassVar = ("vocab", "random", "text", "labels")
+
     encoder: str = "lstm"
-    count: int = 1
-    combine: str = "vote"
-    tasks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        whole("PTuning length", self.length)
-        check_several("PTuning", self.count, self.combine, self.tasks)
+        super().__post_init__()
         choice("PTuning encoder", self.encoder, ENCODERS)
         if self.length == 1 and self.encoder == "lstm":
             raise ValueError("PTuning length 1 gives encoder 'lstm' nothing to recur over: choose 'mlp', or 2")
@@ -51,7 +52,22 @@ class PTuning:
         site, layer = place(model)
         d = layer.embedding_dim
         inputs = torch.randn(self.count * max(len(self.tasks), 1) * self.length, d)
-        yield site, Rows(layer, inputs, self.length, Recurrent(d) if self.encoder == "lstm" else feedforward(d))
+        made = Rows(layer, inputs, self.length, Recurrent(d) if self.encoder == "lstm" else feedforward(d))
+        if self.init != "random" and not blank() and not layer.weight.is_meta:
+            fit(made, self.starts(layer).to(inputs))
+        yield site, made
+
+
+@torch.no_grad()
+def fit(rows: Rows, wanted: Tensor) -> None:
+    """Change the encoder's last layer by as little as makes `rows` the vectors `wanted` [n, d]."""
+    last, seen = [m for m in rows.encode.modules() if isinstance(m, nn.Linear)][-1], list[Tensor]()
+    handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    rows.vectors()
+    handle.remove()
+    last.bias.copy_(wanted.mean(0) - (seen[0] @ last.weight.T).mean(0))
+    missing = wanted - seen[0] @ last.weight.T - last.bias
+    last.weight += (torch.linalg.pinv(seen[0].double()) @ missing.double()).T.float()
 
 
 def feedforward(d: int) -> nn.Sequential:
