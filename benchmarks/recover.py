@@ -160,8 +160,8 @@ class Busy:
         self.seconds += time.process_time()
 
 
-def trained(task: Table, method: Any, cell: Cell, folder: Path) -> dict[str, Row]:
-    """Train once, measure on both splits: phase -> the line that is kept of it."""
+def trained(task: Table, method: Any, cell: Cell, folder: Path) -> Iterator[tuple[str, Row]]:
+    """Train once, then measure split by split: each phase with the line that is kept of it."""
     busy = Busy()
     job, clock = prepare(settings(task, method, cell, folder)), Clock([busy])
     with tempfile.TemporaryDirectory() as out:
@@ -176,9 +176,8 @@ def trained(task: Table, method: Any, cell: Cell, folder: Path) -> dict[str, Row
         "train_cpu_s": round(busy.seconds, 1),
         **({"said": said} if (said := done.summary.get("methods")) else {}),  # drift, routing, ...
     }
-    return {
-        phase: {**measured(task["metric"], job, folder / f"{split}.jsonl"), **facts} for phase, split in SPLITS.items()
-    }
+    for phase, split in SPLITS.items():
+        yield phase, {**measured(task["metric"], job, folder / f"{split}.jsonl"), **facts}
 
 
 def measured(metric: str, job: Any, file: Path) -> Row:
@@ -248,12 +247,28 @@ def seen(store: Store, name: str, tasks: Sequence[str], lr: float) -> list[float
 def leader(store: Store, name: str, task: str) -> tuple[float, int] | None:
     """The rate with the best mean dev score so far, and how many seeds it has; None: some rate has no run yet."""
     tasks = together(store, name, task)
-    scores = {lr: seen(store, name, tasks, lr) for lr in store.table["methods"][name]["lr"]}
+    scores = {lr: seen(store, name, tasks, lr) for lr in rates(store, name)}
     if not all(scores.values()):
         return None
-    sign = 1 if all(find(store.table["tasks"][t]["metric"]).higher_is_better for t in tasks) else -1
-    best = max(scores, key=lambda lr: sign * sum(scores[lr]) / len(scores[lr]))
+    best = max(scores, key=lambda lr: upwards(store, tasks) * sum(scores[lr]) / len(scores[lr]))
     return best, len(scores[best])
+
+
+def beaten(store: Store, cell: Cell) -> bool:
+    """Whether another rate has the better mean dev score by now."""
+    tasks = together(store, cell.method, cell.task)
+    means = {lr: np.mean(found) for lr in rates(store, cell.method) if (found := seen(store, cell.method, tasks, lr))}
+    return cell.lr in means and max(means, key=lambda lr: upwards(store, tasks) * means[lr]) != cell.lr
+
+
+def rates(store: Store, name: str) -> list[float]:
+    """The learning rates of a method's sweep."""
+    return list(store.table["methods"][name]["lr"])
+
+
+def upwards(store: Store, tasks: Sequence[str]) -> int:
+    """1 where a higher score is better, -1 for errors."""
+    return 1 if all(find(store.table["tasks"][t]["metric"]).higher_is_better for t in tasks) else -1
 
 
 def best_lr(store: Store, name: str, task: str) -> float | None:
@@ -298,13 +313,15 @@ def work(store: Store, data: Path, only: Sequence[str], hours: float) -> None:
                 method = store.table["methods"][name]["method"]
                 began = time.monotonic()
                 base = cell.phase == "base"
-                made = {"base": untuned(task, cell, folder)} if base else trained(task, method, cell, folder)
-                facts = {"wall_s": round(time.monotonic() - began, 1), "rows": digests[cell.task]}
-                for phase, found in made.items():
+                made = [("base", untuned(task, cell, folder))] if base else trained(task, method, cell, folder)
+                for phase, found in made:
                     own = replace(cell, phase=phase)
+                    facts = {"wall_s": round(time.monotonic() - began, 1), "rows": digests[cell.task]}
                     if (store.get(own) or {}).get("rows") != digests[cell.task]:
                         store.add(own, {**found, **facts})
                         print(f"{own} {found['value']:.4f}", flush=True)
+                    if cell.phase == "sweep" and beaten(store, cell):
+                        break  # its test rows are measured if it is asked for again
 
 
 def based(task: Table, data: Path) -> Table:
