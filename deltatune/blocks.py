@@ -214,6 +214,19 @@ def template_problems(block: Mapping[str, Any], spot: Spot) -> list[Problem]:
     return []
 
 
+def wanted(block: Any) -> Any:
+    """What an objective reads of a row (its `wants`), told without torch. block: its name, or {name: fields}."""
+    from deltatune.data.wanted import COMPLETIONS, LABELS, WANTS, Wanted
+    from deltatune.prompting.template import Template
+
+    ((name, given),) = ({block: {}} if isinstance(block, str) else block).items()
+    if name not in GAP:
+        return WANTS[name]
+    template = (given or {}).get("template") or objectives()[name]["fields"]["template"]["default"]
+    answer = COMPLETIONS if name == "sft" else LABELS
+    return Template(template, gap=GAP[name]).wants(answer) if template else Wanted()
+
+
 def block_problems(
     block: Mapping[str, Any], known: Mapping[str, Any], spot: Spot, more: tuple[str, ...] = ()
 ) -> list[Problem]:

@@ -171,7 +171,10 @@ REFUSED = [
     (["--adapter", "classify", "a", "--combine", "vot"], "Did you mean 'vote'?"),
     (["--adapter", "classify", "a", "--task", "sst"], "no task 'sst'"),
     (["--adapter", "qa", "was it"], 'give {"question": "...", "context": "..."}'),
-    (["--adapter", "qa", "--data", "classify.jsonl"], "classify.jsonl:1: [missing_field] context"),
+    (
+        ["--adapter", "qa", "--data", "classify.jsonl"],
+        "classify.jsonl:1: [missing_field] question: the adapter's run read question, context",
+    ),
     (["--adapter", "tag", "--data", "classify.jsonl"], "classify.jsonl:1: [missing_field] tokens"),
     (["--adapter", "classify", "--data", "none.jsonl"], "there is no such file"),
     (["--model", "bert", "--objective", "classify", "a"], "no run says which classes there are: give --adapter RUN"),
@@ -318,8 +321,13 @@ def test_a_head_of_another_size_and_rows_without_a_text(made):
     with pytest.raises(ValueError, match=r"head has 2 outputs, the rows need 3 \(a, b, c\)"):
         predict(model, Classify(labels=("a", "b", "c")), ["good"], tokenizer=tokenizer)
     rows_ = [{"text": "good"}, {"prompt": "good", "completion": "bad"}]
-    with pytest.raises(ValueError, match=r"row:2: .*the rows before it are 'classification'"):
-        predict(model, None, rows_, tokenizer=tokenizer)
+    for number, given in ((2, rows_), (1, rows_[1:])):
+        said = (
+            rf"row:{number}: \[missing_field\] text: the adapter's run read text, and this row has prompt, completion"
+        )
+        with pytest.raises(ValueError, match=said):
+            predict(model, None, given, tokenizer=tokenizer)
+    model.deltatune_state.records["default"].pop("read")  # an adapter of an older version
     with pytest.raises(ValueError, match=r"row:1: \[missing_field\] text: classify reads a text"):
         predict(model, None, rows_[1:], tokenizer=tokenizer)
 

@@ -84,7 +84,7 @@ def test_tag_names_come_from_the_rows_or_count_into_labels():
     assert build(record(named)) == named
     with pytest.raises(BadRow, match="unknown label 'B-LOC'"):
         named.encode(row("a", "B-LOC"), WORDS, Encoding())
-    with pytest.raises(ValueError, match="f:3: tag needs the words and their tags"):
+    with pytest.raises(ValueError, match=r"f:3: \[missing_field\] tags: it is what the objective learns"):
         Tag().fit([Example("f:3", text="a", label="b")])
 
 
@@ -301,7 +301,8 @@ MALFORMED = [
     ({"question": "Who?", "context": "Hi Ann", "answers": {"text": ["Ann"], "answer_start": [2]}},
      r"a\.jsonl:2.*the context has ' An' at 2, not 'Ann'"),
     ({"question": "Who?", "context": "Hi Ann", "answers": {"text": ["Ann"], "answer_start": ["3"]}}, r"a\.jsonl:2"),
-    ({"question": "Who?", "context": "Hi Ann", "answers": {"text": ["Ann"]}}, r"a\.jsonl:2.*two lists of one length"),
+    ({"question": "Who?", "context": "Hi Ann", "answers": {"text": ["Ann"], "answer_start": []}},
+     r"a\.jsonl:2.*two lists of one length"),
     ({"question": "", "context": "Hi Ann", "answers": GOOD}, r"a\.jsonl:2.*question"),
 ]  # fmt: skip
 
@@ -325,7 +326,7 @@ def test_a_row_without_what_is_learned_is_named_by_eval_too(tmp_path):
     found = open_adapted(str(model), tmp_path / "run/adapter")
     assert {"span_f1", "tag_accuracy", "loss"} <= evaluate_file(*found, rows, config.eval).keys()
     other = t.label_rows(tmp_path / "label.jsonl", 4)
-    with pytest.raises(ValueError, match=r"label\.jsonl:1: the row has no label .*tokens and tags"):
+    with pytest.raises(ValueError, match=r"label\.jsonl:1: .*tags: it is what .*\(columns text, label\)"):
         evaluate_file(*found, other, config.eval)
 
 

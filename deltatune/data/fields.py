@@ -30,14 +30,19 @@ def what(value: Any) -> str:
 
 
 class Faults(list[BadRow]):
-    """The faults of one row at one place; checks add to it and go on, so that a row tells all at once."""
+    """The faults of one row at one place; checks add to it and go on, so that a row tells all at once. `remarks`: what
+    does not make it unusable."""
 
     def __init__(self, where: str):
         super().__init__()
         self.where = where
+        self.remarks: list[BadRow] = []
 
     def add(self, kind: str, field: str, reason: str, fix: str) -> None:
         self.append(BadRow(kind, self.where, field, reason, fix))
+
+    def remark(self, kind: str, field: str, reason: str, fix: str) -> None:
+        self.remarks.append(BadRow(kind, self.where, field, reason, fix))
 
 
 def text(value: Any, field: str, faults: Faults, empty: bool = False, limit: int = MAX_CHARS) -> str:

@@ -14,8 +14,8 @@ from .fields import Faults, conversation, messages, text, unpacked, what
 from .labelled import MAX_TEXT, PAIRS, SINGLE, TRANSCRIPTS, first
 from .problems import BadRow, Problems, nearest, short
 from .readers import Row
-from .sources import read
-from .wanted import AS_IT_COMES, LABELS, TAGS, Intake, Wanted
+from .sources import read, renamed
+from .wanted import ANSWERS, AS_IT_COMES, COMPLETIONS, LABELS, TAGS, Intake, Wanted
 
 __all__ = ["FORMATS", "Example", "Label", "Turn", "convert", "examples", "load", "sniff"]
 
@@ -240,12 +240,12 @@ FORMATS: dict[str, Format] = {
     "unpaired": Format((("prompt",), ("completion",), ("label", "kto_tag")), (), _unpaired),
     "stepwise": Format((("prompt",), ("completions",), ("labels",)), (), _stepwise),
     "tagging": Format((("tokens",), TAGS), (), by.tagged),
-    "question_answering": Format((("question",), ("context",), ("answers",)), ("title",), by.answered),
     "prompt_completion": Format((("prompt",), ("completion",)), ("tools",), _pair(("prompt", "completion"))),
     "query_response": Format(
         (("query", "question", "prompt"), ("response", "answer")), (),
         _pair(*((q, r) for q in ("query", "question", "prompt") for r in ("response", "answer"))),
     ),
+    "question_answering": Format((("question",), ("context",), ANSWERS), ("title",), by.answered),
     "image_classification": Format((("image",), LABELS), (), by.labelled("image")),
     "audio_classification": Format((("audio",), LABELS), (), by.labelled("audio")),
     "transcription": Format((("audio",), TRANSCRIPTS), (), by.transcribed),
@@ -273,10 +273,13 @@ def sniff(columns: Iterable[str], left: Sequence[str] = ()) -> str | None:
 
 
 def format_of(row: Row, how: Intake) -> str | None:
-    """The name of a row's format: as given; OWN where every column that a template names is there, or no known
+    """The name of a row's format: as given; the objective's own where its columns are there; OWN where every column that a template names is there, or no known
     format's are; else the first known one whose columns are there."""
     if how.format not in (None, "auto"):
         return how.format
+    fixed = how.wanted.format
+    if fixed and not FORMATS[fixed].missing(row.value, how.left):
+        return fixed
     known, named = sniff(row.value, how.left), set(how.wanted.columns)
     if named and (named <= set(row.columns) or (known is None and not named <= set(PARTS))):
         return OWN
@@ -294,14 +297,15 @@ def convert(row: Row, format: str | None = None) -> Example:
     return example
 
 
-def attempt(row: Row, format: str, how: Intake = AS_IT_COMES) -> tuple[Example, list[BadRow]]:
+def attempt(row: Row, format: str, how: Intake = AS_IT_COMES) -> tuple[Example, Faults]:
     """(example, faults): the example only counts when there are no faults."""
     faults, wanted = Faults(row.where), how.wanted
     if doubled := how.doubled(row):
-        return Example(row.where), doubled
+        faults += doubled
+        return Example(row.where), faults
     form, value = (own(wanted), row.columns) if format == OWN else (FORMATS[format], row.value)
     if missing := form.missing(value, how.left):
-        faults += _lacking(row, missing, how) if format == OWN else [_lacks(row, format, missing)]
+        faults += _lacking(row, missing, how) if format == OWN else [how.strange(row) or _lacks(row, format, missing)]
         return Example(row.where), faults
     example = form.convert(value, faults)
     side = {name: row.value[name] for name in SIDE if name in row.value}
@@ -338,22 +342,38 @@ def _lacks(row: Row, format: str, missing: Sequence[str]) -> BadRow:
 def unknown(row: Row, how: Intake = AS_IT_COMES) -> BadRow:
     """No format has these columns: what was found, the nearest format and what it lacks."""
     columns = [str(name) for name in row.value]
+    if strange := how.strange(row):
+        return strange
     if not columns:
         fix = "Write at least a prompt and a completion, messages, or a text"
         return BadRow("unknown_columns", row.where, "", "the row has no columns", fix)
-    name, form = min(FORMATS.items(), key=lambda item: _distance(item[1], columns))
-    if _distance(form, columns) >= len(form.needs):  # nothing in common with any: show the plainest
+    there = {name: form for name, form in FORMATS.items() if how.wanted.answer in form.needs} or FORMATS
+    name, form = min(there.items(), key=lambda item: _distance(item[1], columns))
+    if _distance(form, columns) >= len(form.needs) and there is FORMATS:  # nothing in common with any: the plainest
         name, form = "prompt_completion", FORMATS["prompt_completion"]
-    missing = form.missing(columns)
+    missing = form.missing(columns, how.left)
     like = next((near for gap in missing for near in [nearest(gap.split("|")[0], columns, 0.6)] if near), "")
     reason = (
         f"no known format has the columns {short(columns)}; the nearest is {name!r}, which lacks {', '.join(missing)}"
     )
     like += how.turned(row)
-    fix = f"Rename them (columns: {{yours: known}}) or choose a format: {', '.join(FORMATS)}.{like}"
+    fix = f"Rename them (columns: {{yours: known}}) or choose a format: {', '.join(there)}.{like}"
     if not set(columns) & _KNOWN and not all(c.isidentifier() for c in columns):
         fix = f"If the file has no header line, name its columns (columns: [text, label]). {fix}"
     return BadRow("unknown_columns", row.where, "", reason, fix)
+
+
+def used(example: Example, how: Intake) -> tuple[str, ...]:
+    """The columns, by the names they have in the file, that a row's question was read from."""
+    copies = {new for old, new in how.names.items() if old in example.row}
+    given = {name: value for name, value in example.row.items() if name not in copies}
+    row = renamed(Row(given, example.where), how.names)
+    format = format_of(row, how)
+    if format is None:
+        return ()
+    reads = set(how.wanted.columns) if format == OWN else FORMATS[format].columns
+    reads -= {*(how.wanted.answer or COMPLETIONS)}
+    return tuple(name for name in given if name in reads or how.names.get(name) in reads)
 
 
 def _distance(form: Format, columns: Sequence[str]) -> float:
@@ -394,6 +414,8 @@ def converted(rows: Iterable[Row], problems: Problems, how: Intake = AS_IT_COMES
             problems.reject(faults)
         else:
             problems.accept()
+            for remark in faults.remarks:
+                problems.warn(remark)
             yield example
 
 

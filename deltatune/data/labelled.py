@@ -9,7 +9,7 @@ from .example import PARTS, Example, Label
 from .fields import Faults, label, text, unpacked, what
 from .media import media
 from .problems import short
-from .wanted import LABELS, TAGS, Wanted
+from .wanted import ANSWERS, LABELS, TAGS, Wanted
 
 MAX_TEXT = 64_000_000
 PAIRS = (
@@ -84,27 +84,70 @@ def tagged(value: Mapping[str, Any], faults: Faults) -> Example:
 
 
 def answered(value: Mapping[str, Any], faults: Faults) -> Example:
-    """SQuAD: answers {"text": [...], "answer_start": [...]}, or a list of such pairs; empty: unanswerable."""
+    """SQuAD: answers {"text": [...], "answer_start": [...]}, or a list of such pairs; empty: unanswerable. A plain text,
+    or a list of them, stands where it comes first in the context."""
     question, context = (text(value[name], name, faults, limit=MAX_TEXT) for name in ("question", "context"))
-    if "answers" not in value:  # a row that asks
+    name = first(value, ANSWERS)
+    if name not in value:  # a row that asks
         return Example(faults.where, text=question, text_pair=context)
-    given, found = unpacked(value["answers"]), []
-    if isinstance(given, list) and all(isinstance(one, Mapping) for one in given):
-        given = {key: [one.get(key) for one in given] for key in ("text", "answer_start")}
-    texts, starts = (given.get(key) if isinstance(given, Mapping) else None for key in ("text", "answer_start"))
-    if not isinstance(texts, list | tuple) or not isinstance(starts, list | tuple) or len(texts) != len(starts):
-        fix = 'Write {"text": ["..."], "answer_start": [0]}'
-        faults.add("data_type", "answers", f"not two lists of one length: {short(given)}", fix)
-        return Example(faults.where)
-    for i, (said, start) in enumerate(zip(texts, starts, strict=True)):
-        if not isinstance(start, int) or not isinstance(said, str) or not said or start < 0:
-            faults.add("data_type", f"answers[{i}]", f"{short(said)} at {short(start)}", "Write a text and its start")
+    pairs, found = spans_of(value[name], name, faults), []
+    for i, (said, start) in enumerate(pairs):
+        spot = f"{name}[{i}]" if isinstance(value[name], list | Mapping) else name
+        if not isinstance(said, str) or not said.strip():
+            fix = "Write a text of the context; answers: [] says that there is none"
+            faults.add("data_type", spot, f"the answer is {short(said)}", fix)
+        elif start is None:
+            found.append((said, located(said, context, spot, faults)))
+        elif not isinstance(start, int) or start < 0:
+            faults.add("data_type", spot, f"{short(said)} at {short(start)}", "Write a text and its start")
         elif context[start : start + len(said)] != said:
             reason = f"the context has {short(context[start : start + len(said)])} at {start}, not {short(said)}"
-            faults.add("answer_lost", f"answers[{i}]", reason, "Correct answer_start (in characters, from 0)")
+            fix = "Correct answer_start (in characters, from 0), or leave it out: the answer is looked for"
+            faults.add("answer_lost", spot, reason, fix)
         else:
             found.append((said, start))
     return Example(faults.where, text=question, text_pair=context, extra={"answers": tuple(found)})
+
+
+def spans_of(value: Any, field: str, faults: Faults) -> list[tuple[Any, Any]]:
+    """(text, its start or None where none is given) of every accepted answer, in whatever form they came."""
+    given = unpacked(value)
+    several = isinstance(given, list) and all(isinstance(one, str | Mapping) for one in given)
+    if isinstance(value, str) and not (several or isinstance(given, Mapping)):
+        return [(value, None)]
+    if isinstance(given, Mapping):
+        texts, starts = (listed(given.get(key)) for key in ("text", "answer_start"))
+        starts = starts if "answer_start" in given else [None] * len(texts)
+        if "text" in given and len(texts) == len(starts):
+            return list(zip(texts, starts, strict=True))
+    if isinstance(given, list | tuple):
+        return [
+            (one.get("text"), one.get("answer_start")) if isinstance(one, Mapping) else (one, None) for one in given
+        ]
+    fix = 'Write the answer as a text, or {"text": ["..."], "answer_start": [0]}'
+    faults.add("data_type", field, f"neither texts nor two lists of one length: {short(given)}", fix)
+    return []
+
+
+def listed(value: Any) -> list[Any]:
+    """One value as a list of one; none as an empty list."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def located(said: str, context: str, field: str, faults: Faults) -> int:
+    """Where an answer first comes in the context; a remark where it comes more than once, a fault where it does not."""
+    start, times = context.find(said), context.count(said)
+    if start < 0:
+        other = context.lower().find(said.strip().lower())
+        like = f" Did you mean {context[other : other + len(said.strip())]!r}?" if other >= 0 else ""
+        reason = f"the answer {short(said)} does not stand in the context"
+        faults.add("answer_lost", field, reason, f"Write it as the context does, letter for letter.{like}")
+    elif times > 1:
+        fix = f"Where another one is meant, say so: answers: {{text: [{said!r}], answer_start: [...]}}"
+        faults.remark(
+            "answer_ambiguous", field, f"{short(said)} is {times} times in the context: the first counts", fix
+        )
+    return start
 
 
 def templated(wanted: Wanted, value: Mapping[str, Any], faults: Faults) -> Example:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .problems import BadRow, nearest, short
+from .example import Example
+from .problems import BadRow, Problems, nearest, short
 from .readers import Row
 
 LABELS = ("label", "labels")
 COMPLETIONS = ("completion", "response", "answer", "output")
 TAGS = ("tags", "ner_tags", "labels")
-ANSWERS = ("answers",)
+ANSWERS = ("answers", "answer")
 
 
 @dataclass(frozen=True)
 class Wanted:
     """columns: those that a template names. answer: the names under which a row may hold what is learned. template: the
-    text of the template, for messages."""
+    text of the template, for messages. format: the one that rows with its columns are read in, whatever else fits."""
 
     columns: tuple[str, ...] = ()
     answer: tuple[str, ...] = ()
     template: str = ""
+    format: str | None = None
 
     def unread(self, where: str, name: str, have: Mapping[str, Any], more: str = "") -> BadRow:
         """The fault of a row whose column `name`, which the template reads, is missing or no text. have: its columns;
@@ -37,12 +39,32 @@ class Wanted:
     def untold(self, where: str, have: Mapping[str, Any], more: str = "") -> BadRow:
         """The fault of a row without the column that is learned."""
         name, names = self.answer[0], [str(column) for column in have]
-        like = more or nearest(name, names, 0.6) or f" Name yours: data.columns: {{yours: {name}}}"
+        like = more or nearest(name, names, 0.6)
         reason = f"it is what the objective learns, and this row does not have it (columns {', '.join(names)})"
-        return BadRow("missing_field", where, name, reason, f"Add it.{like}")
+        fix = f"Add it.{like} Name yours: data.columns: {{yours: {name}}}"
+        return BadRow("missing_field", where, name, reason, fix)
+
+    def told(self, example: Example) -> bool:
+        """Whether a row says what is learned; true where any row does."""
+        said = {LABELS: example.label is not None, TAGS: "tags" in example.extra, ANSWERS: "answers" in example.extra}
+        return said.get(self.answer, True)
+
+    def demand(self, examples: Iterable[Example]) -> None:
+        """ValueError with every row that does not say what is learned."""
+        problems = Problems()
+        for example in examples:
+            problems.accept()
+            if not self.told(example):
+                problems.retract(self.untold(example.where, example.row))
+        problems.refuse()
 
 
 NOTHING = Wanted()
+WANTS = {  # of the objectives that no template can change
+    "classify": Wanted(answer=LABELS),
+    "tag": Wanted(answer=TAGS),
+    "qa": Wanted(answer=ANSWERS, format="question_answering"),
+}
 
 
 @dataclass(frozen=True)
@@ -50,14 +72,16 @@ class Intake:
     """How rows are read.
 
     format: None: told by the columns. columns: {name in the file: name wanted}, or a list of names for a csv file
-    without a header. asks: the rows ask for an answer, and what they say of it is not read. Errors: ValueError for a
-    template that would read the answer under the name it has in the file.
+    without a header. asks: the rows ask for an answer, and what they say of it is not read. run: the columns that the
+    run of an adapter read, for messages. Errors: ValueError for a template that would read the answer under the name it
+    has in the file.
     """
 
     format: str | None = None
     columns: Sequence[str] | Mapping[str, str] = ()
     wanted: Wanted = NOTHING
     asks: bool = False
+    run: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         told = next(
@@ -97,6 +121,17 @@ class Intake:
             for new, olds in by.items()
             if new and len(olds) > 1
         ]
+
+    def strange(self, row: Row) -> BadRow | None:
+        """The fault of a row without a column that the adapter's run read, or None."""
+        have = [str(name) for name in row.given or row.value]
+        lacks = next((name for name in self.run if name not in have), None)
+        if lacks is None:
+            return None
+        near = next((c for c in have if nearest(lacks, [c], 0.6)), "yours")
+        reason = f"the adapter's run read {', '.join(self.run)}, and this row has {', '.join(have) or 'no columns'}"
+        fix = f"Name yours: data.columns: {{{near}: {self.names.get(lacks, lacks)}}}.{nearest(lacks, have, 0.6)}"
+        return BadRow("missing_field", row.where, lacks, reason, fix)
 
     def turned(self, row: Row) -> str:
         """A hint where `columns` is the wrong way round for a row, or names what it does not have; or nothing."""

@@ -69,9 +69,8 @@ class Choice:
 
     def fit(self, examples: Sequence[Example]) -> Choice:
         """Rows without choices of their own: without answer texts, the class names themselves are the answers."""
-        wrong = next((e.where for e in examples if e.label is None or isinstance(e.label, tuple)), None)
-        if wrong:
-            raise ValueError(f"{wrong}: choice needs one label in every row (columns text and label)")
+        self.wants.demand(examples)
+        refuse_several(self.name, examples)
         own = sum("choices" in e.extra for e in examples)
         if own not in (0, len(examples)):
             where = next(e.where for e in examples if "choices" not in e.extra)

@@ -23,7 +23,7 @@ from ..data.check import mixed_labels
 from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
 from ..data.problems import BadRow, Problems
-from ..data.wanted import LABELS, Wanted
+from ..data.wanted import WANTS
 from .common import class_head, combined, exact, load, name_classes, read_out, run, shares
 
 Kind = Literal["auto", "single", "multi", "regression"]
@@ -42,7 +42,7 @@ class Classify:
     name = "classify"
     packs = False
     task_head = True
-    wants = Wanted(answer=LABELS)
+    wants = WANTS["classify"]
 
     def __post_init__(self) -> None:
         choice("classify kind", self.kind, get_args(Kind))
@@ -51,11 +51,7 @@ class Classify:
 
     def fit(self, examples: Sequence[Example]) -> Classify:
         """Class names and kind from the training rows."""
-        unlabelled = next((e.where for e in examples if e.label is None), None)
-        if unlabelled:
-            raise ValueError(
-                f"{unlabelled}: classify needs a label in every row (columns text, image or audio, and label)"
-            )
+        self.wants.demand(examples)
         if self.labels is None:
             refuse_mixed(examples)
         names = self.labels if self.labels is not None else label_names(examples)
@@ -175,6 +171,12 @@ def shifted(model: Any, ids: Tensor) -> Tensor:
     start = torch.full_like(ids[:, :1], model.config.decoder_start_token_id)
     real = ids.masked_fill(ids >= vocabulary(model), model.config.pad_token_id)
     return torch.cat([start, real[:, :-1]], 1)
+
+
+def refuse_several(name: str, examples: Sequence[Example]) -> None:
+    """ValueError for a row with a list of labels."""
+    if wrong := next((e for e in examples if isinstance(e.label, tuple)), None):
+        raise ValueError(f"{wrong.where}: {name} takes one label a row, this one has {list(wrong.label or ())}")
 
 
 def refuse_mixed(examples: Sequence[Example]) -> None:

@@ -17,7 +17,7 @@ from ..data.encode import Encoded, Encoding, label_names, target
 from ..data.example import Example
 from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler, Template
-from .classify import refuse_mixed, spelled
+from .classify import refuse_mixed, refuse_several, spelled
 from .common import combined, language_class, load, needs_words, read_out, shares, states_at
 
 
@@ -62,9 +62,8 @@ class Cloze:
 
     def fit(self, examples: Sequence[Example]) -> Cloze:
         """Without label words, the class names themselves are the words."""
-        wrong = next((e.where for e in examples if e.label is None or isinstance(e.label, tuple)), None)
-        if wrong:
-            raise ValueError(f"{wrong}: cloze needs one label in every row (columns text and label)")
+        self.wants.demand(examples)
+        refuse_several(self.name, examples)
         if not self.labels:
             refuse_mixed(examples)
         names = label_names(examples)

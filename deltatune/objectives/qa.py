@@ -19,7 +19,7 @@ from ..data.encode import Encoded, Encoding, Reading
 from ..data.example import Example
 from ..data.places import answered
 from ..data.problems import BadRow
-from ..data.wanted import ANSWERS, Wanted
+from ..data.wanted import WANTS
 from .common import exact, load, read_out, run
 
 Part = tuple[Tensor, Reading]  # scores [prompts, 2, seq] of one window, and how its tokens lie in the context
@@ -27,7 +27,7 @@ Part = tuple[Tensor, Reading]  # scores [prompts, 2, seq] of one window, and how
 
 @dataclass(frozen=True)
 class QA:
-    """Extractive question answering on rows of question, context and answers (the form of SQuAD).
+    """Extractive question answering on rows of question, context and answers (the form of SQuAD, or plain texts).
 
     longest: the most tokens of an answer. doc_stride: a context longer than train.max_length is read in windows, each
     so many tokens after the one before; the best span over all of them answers (the practice of BERT's run_squad). A
@@ -43,20 +43,14 @@ class QA:
     packs = False
     task_head = True
     metrics = ("squad_f1", "squad_exact")
-    wants = Wanted(answer=ANSWERS)
+    wants = WANTS["qa"]
 
     def __post_init__(self) -> None:
         for name in ("longest", "doc_stride"):
             whole(f"qa {name}", getattr(self, name))
 
-    def has(self, example: Example) -> bool:
-        """Whether the row has what is learned."""
-        return "answers" in example.extra
-
     def fit(self, examples: Sequence[Example]) -> QA:
-        bare = next((e.where for e in examples if not self.has(e)), None)
-        if bare:
-            raise ValueError(f"{bare}: qa needs columns question, context and answers in every row")
+        self.wants.demand(examples)
         return replace(self, unanswerable=self.unanswerable or any(not e.extra["answers"] for e in examples))
 
     def load(self, path: Any, config: Any, **options: Any) -> Any:

@@ -16,7 +16,7 @@ from ..data.encode import Encoded, Encoding
 from ..data.example import Example
 from ..data.places import tagged
 from ..data.problems import BadRow
-from ..data.wanted import TAGS, Wanted
+from ..data.wanted import WANTS
 from ..evaluate.spans import spans
 from .common import combined, load, name_classes, read_out, run, shares, token_loss
 
@@ -37,21 +37,15 @@ class Tag:
     packs = False
     task_head = True
     metrics = ("span_f1", "tag_accuracy")
-    wants = Wanted(answer=TAGS)
+    wants = WANTS["tag"]
 
     def __post_init__(self) -> None:
         if self.labels is not None:
             object.__setattr__(self, "labels", tuple(self.labels))
 
-    def has(self, example: Example) -> bool:
-        """Whether the row has what is learned."""
-        return "tags" in example.extra
-
     def fit(self, examples: Sequence[Example]) -> Tag:
         """Tag names from the training rows, the one for words outside first."""
-        bare = next((e.where for e in examples if not self.has(e)), None)
-        if bare:
-            raise ValueError(f"{bare}: tag needs the words and their tags in every row (columns tokens and tags)")
+        self.wants.demand(examples)
         if self.labels is not None:
             return self
         found = {str(tag) for e in examples for tag in e.extra["tags"]}

@@ -18,6 +18,7 @@ from ..data.formats import converted
 from ..data.problems import BadRow, Problems, nearest
 from ..data.readers import Row
 from ..data.sources import renamed
+from ..data.wanted import AS_IT_COMES, Intake
 from ..evaluate.asking import alone, combining, recorded
 from ..evaluate.generate import evaluating
 from ..evaluate.score import parts
@@ -101,11 +102,12 @@ def answered(
     config = configured({**found, **said} if "objective" in found else {"objective": found, **said})
     goal = knowing(build(config.objective), model)
     notes: list[str] = []
+    reads = intake(config, True, found.get("read", ()))
     if isinstance(rows, str | Path):
-        examples = read([str(rows)], config, notes, asks=True)
+        examples = read([str(rows)], config, notes, True, reads.run)
     else:
-        examples = held(rows, goal, intake(config, asks=True), notes)
-    asked = questions([example.in_task(how.task) for example in examples], goal)
+        examples = held(rows, goal, reads, notes)
+    asked = questions([example.in_task(how.task) for example in examples], goal, reads)
     if not asked:
         return [], notes
     job = job_of(model, tokenizer, goal, config, asked)
@@ -162,7 +164,7 @@ def row_of(said: Any, goal: Any) -> dict[str, Any]:
     return {columns[0]: said}
 
 
-def questions(examples: Sequence[Example], goal: Any) -> list[Example]:
+def questions(examples: Sequence[Example], goal: Any, how: Intake = AS_IT_COMES) -> list[Example]:
     """The rows as they can be asked; ValueError with every one that lacks what the objective reads."""
     problems, found = Problems(), []
     for example in examples:
@@ -170,7 +172,7 @@ def questions(examples: Sequence[Example], goal: Any) -> list[Example]:
         try:
             found.append(goal.asked(example))
         except BadRow as fault:
-            problems.retract(fault)
+            problems.retract(how.strange(Row(dict(example.row), example.where)) or fault)
     problems.refuse()
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import islice
 
+from ..blocks import wanted
 from ..config import Config
 from ..data import formats
 from ..data.check import remarks
@@ -13,7 +14,6 @@ from ..data.problems import Problems
 from ..data.sources import files, task_of
 from ..data.stream import Order, stream
 from ..data.wanted import Intake
-from ..objectives import build
 
 SAMPLE = 64  # training rows that a run without evaluation rows is measured on
 PEEK = 256  # rows of a stream that the checks see
@@ -59,15 +59,16 @@ def measured(name: str, rows: list[Example], config: Config, notes: list[str]) -
     return [rows[i * len(rows) // most] for i in range(most)]
 
 
-def intake(config: Config, asks: bool = False) -> Intake:
-    """How a configuration's rows are read, by what its objective reads of them."""
-    return Intake(config.data.format, config.data.columns, build(config.objective).wants, asks)
+def intake(config: Config, asks: bool = False, run: Sequence[str] = ()) -> Intake:
+    """How a configuration's rows are read, by what its objective reads of them. asks, run: as in Intake."""
+    return Intake(config.data.format, config.data.columns, wanted(config.objective), asks, tuple(run))
 
 
-def read(refs: Sequence[str], config: Config, notes: list[str], asks: bool = False) -> list[Example]:
-    """The rows of references; ValueError with every one that cannot be used. asks: what they say of the answer is not
-    read."""
-    found, how = list[Example](), intake(config, asks)
+def read(
+    refs: Sequence[str], config: Config, notes: list[str], asks: bool = False, run: Sequence[str] = ()
+) -> list[Example]:
+    """The rows of references; ValueError with every one that cannot be used. asks, run: as in Intake."""
+    found, how = list[Example](), intake(config, asks, run)
     for task, ref in map(task_of, refs):
         rows, problems = formats.load(ref, how)
         notes += [*problems.notes, *map(str, problems.warnings)]

@@ -18,6 +18,7 @@ from ..core.store import load as load_adapter
 from ..core.store import read_manifest
 from ..data.encode import Encoding
 from ..data.example import Example
+from ..data.formats import used
 from ..data.media import parted
 from ..evaluate.generate import Decoding
 from ..evaluate.incontext import Prompt, predict, reference
@@ -29,18 +30,21 @@ from .evidence import forgotten, general, known_bounds
 from .job import Job, settle_encoding, told
 from .lengths import unread
 from .opening import model_config, open_model, open_weights
-from .sets import measured, read
+from .sets import intake, measured, read
 
 WINDOW, WINDOWS = 128, 16  # tokens of a piece of text that a merge is measured on, and how many pieces
 
 
 def record_of(job: Job) -> dict[str, Any]:
-    """What the manifest keeps of a run: the objective with its labels, and how rows become tokens."""
+    """What the manifest keeps of a run: the objective with its labels, how rows are read ("read": the columns of the
+    question, as the file calls them), and how they become tokens."""
     from ..objectives import record
 
     data = job.config.data
     rows = {key: value for key in READ if (value := getattr(data, key))}
     plain = {"plain": True} if any(e.completion is not None for e in job.train) else {}
+    reads = used(job.train[0], intake(job.config)) if job.train else ()
+    rows |= {"read": list(reads)} if reads else {}
     return {"objective": record(job.objective), "max_length": job.encoding.max_length} | plain | rows
 
 
@@ -130,7 +134,8 @@ def evaluate_file(
     retention is measured where it was asked for.   shown: the rows that the examples of `eval.shots` are drawn from.
     """
     config, notes = configured(record, ref).model_copy(update={"eval": section}), list[str]()
-    examples = measured("eval", read([ref], config, notes), config, notes)
+    rows = read([ref], config, notes, run=record.get("read", ()))
+    examples = measured("eval", rows, config, notes)
     if not examples:
         raise ValueError(f"{ref}: no rows to measure on")
     objective = build_objective(config.objective)
@@ -193,11 +198,5 @@ def kept(job: Job) -> dict[str, Any]:
 
 def settled(objective: Any, examples: Any) -> Any:
     """An objective with recorded labels, which a file need not hold all. A `kind` left open is read off the rows."""
-    has = getattr(objective, "has", lambda e: objective.name == "sft" or e.label is not None)
-    bare = next((e.where for e in examples if not has(e)), None)
-    if bare:
-        columns = {"tag": "tokens and tags", "qa": "question, context and answers"}.get(
-            objective.name, "text and label"
-        )
-        raise ValueError(f"{bare}: the row has no label to compare with (columns {columns})")
+    objective.wants.demand(examples)
     return objective.fit(examples) if getattr(objective, "kind", "") == "auto" else objective
