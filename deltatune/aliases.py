@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,21 @@ FAMILIAR: dict[str, str] = {
     "output_dir": "output.dir",
     **dict.fromkeys(("load_in_4bit", "load_in_8bit", "quantization_bit"), "model.quant"),
 }
+
+# The same for single fields of methods, beside those above.
+FIELDS = {
+    **dict.fromkeys(("num_virtual_tokens", "prefix_length", "prompt_length"), "length"),
+    "init_lora_weights": "init",
+    "reduction_factor": "reduction",
+    "use_rslora": "scaling",
+}
+
+
+def meant(key: str, names: Sequence[str]) -> str | None:
+    """The one of `names` that a familiar name of another library stands for: rank -> r."""
+    own = FIELDS.get(key, FAMILIAR.get(key, "").rpartition(".")[2])
+    return own if own in names else None
+
 
 # Two ways to say one thing: the tree holds one of each pair.
 RIVALS: dict[Spot, tuple[Spot, str]] = {

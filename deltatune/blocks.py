@@ -214,6 +214,47 @@ def template_problems(block: Mapping[str, Any], spot: Spot) -> list[Problem]:
     return []
 
 
+def soft_problems(methods_: Sequence[Any], block: Mapping[str, Any], spot: Spot) -> list[Problem]:
+    """What is wrong where an objective's template and the methods disagree on the virtual tokens."""
+    from deltatune.prompting.template import Template
+
+    ((name, given),) = block.items()
+    text = name in GAP and template_of(name, given)
+    if not text:
+        return []
+    there = [name for block in methods_ for name in block]
+    try:
+        Template(text, gap=GAP[name]).demand(virtual(methods_), "ptuning" in there)
+    except ValueError as error:
+        return [Problem((*spot, name, "template"), str(error))]
+    return []
+
+
+def virtual(methods_: Sequence[Any]) -> int:
+    """How many virtual tokens the methods put into a text, those inside others too."""
+    count = 0
+    for block in methods_:
+        ((name, given),) = block.items()
+        for field, about in methods()[name].get("fields", {}).items():
+            value = given.get(field, about.get("default"))
+            if about.get("methods"):
+                count += virtual(as_list(value or []))
+            elif field == "length" and methods()[name].get("virtual"):
+                count += value
+    return count
+
+
+def over(asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """An objective's asked block with the recorded one's fields beneath it, where both are the same objective."""
+    ((name, fields),) = asked.items()
+    return {name: {**(found.get(name) or {}), **(fields or {})}}
+
+
+def template_of(name: str, given: Mapping[str, Any] | None) -> str | None:
+    """The template of an objective's block: its own, or the default."""
+    return (given or {}).get("template") or objectives()[name]["fields"]["template"]["default"]
+
+
 def wanted(block: Any) -> Any:
     """What an objective reads of a row (its `wants`), told without torch. block: its name, or {name: fields}."""
     from deltatune.data.wanted import COMPLETIONS, LABELS, WANTS, Wanted
@@ -222,8 +263,7 @@ def wanted(block: Any) -> Any:
     ((name, given),) = ({block: {}} if isinstance(block, str) else block).items()
     if name not in GAP:
         return WANTS[name]
-    template = (given or {}).get("template") or objectives()[name]["fields"]["template"]["default"]
-    answer = COMPLETIONS if name == "sft" else LABELS
+    template, answer = template_of(name, given), COMPLETIONS if name == "sft" else LABELS
     return Template(template, gap=GAP[name]).wants(answer) if template else Wanted()
 
 
@@ -239,19 +279,26 @@ def block_problems(
         return [Problem((*spot, name), f"unknown{nearest(str(name), [*known, *more])}; {listed(known, more)}")]
     if not isinstance(given, Mapping):
         return [Problem((*spot, name), f"{given!r}: a mapping of fields is wanted")]
+    from deltatune.aliases import meant
+
     fields = known[name].get("fields", {})
     problems = []
     for field, value in given.items():
         here = (*spot, name, str(field))
         if field not in fields:
             has = ", ".join(fields) or "none"
-            problems.append(Problem(here, f"unknown field; {name} has {has}{nearest(str(field), fields)}"))
+            like = f" (did you mean {own!r}?)" if (own := meant(str(field), list(fields))) else ""
+            like = like or nearest(str(field), fields)
+            problems.append(Problem(here, f"unknown field; {name} has {has}{like}"))
         elif fields[field].get("methods"):  # none where the method says what that means
             problems += method_problems(as_list(value), here) if value else []
         elif not fits(value, fields[field].get("type", "Any")):
             problems.append(Problem(here, f"{value!r}: {spoken(fields[field]['type'])} is wanted"))
         elif too_low(value, fields[field]):
             problems.append(Problem(here, f"{value!r}: {bound(fields[field])} is wanted"))
+        elif odd := unlisted(value, fields[field].get("choices")):
+            words = fields[field]["choices"]
+            problems.append(Problem(here, f"{odd!r}: choose from {', '.join(words)}{nearest(odd, words)}"))
     for field, entry in fields.items():
         if "default" not in entry and field not in given:
             problems.append(Problem((*spot, name), f"{field} must be given ({spoken(entry.get('type', 'Any'))})"))
@@ -267,6 +314,12 @@ def listed(known: Mapping[str, Any], more: tuple[str, ...] = ()) -> str:
     if len(there) <= FEW:
         return f"there are {', '.join(there)}"
     return f"`deltatune methods` lists the {len(there)} there are"
+
+
+def unlisted(value: Any, words: Sequence[str] | None) -> str:
+    """A word that is none of those an index entry allows, or nothing."""
+    given = value if isinstance(value, (list, tuple)) else [value]
+    return next((word for word in given if words and isinstance(word, str) and word not in words), "")
 
 
 def too_low(value: Any, field: Mapping[str, Any]) -> bool:
@@ -325,7 +378,7 @@ def json_schema(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     """JSON Schema of one block `{name: {fields}}`."""
     properties = {}
     for field, about in entry.get("fields", {}).items():
-        kinds = [json_kind(part) for part in choices(about.get("type", "Any"))]
+        kinds = [json_kind(part, about.get("choices")) for part in choices(about.get("type", "Any"))]
         properties[field] = kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
         if "default" in about:
             properties[field] = {**properties[field], "default": about["default"]}
@@ -333,10 +386,10 @@ def json_schema(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": {name: fields}, "required": [name], "additionalProperties": False}
 
 
-def json_kind(part: str) -> dict[str, Any]:
-    """JSON Schema of one part of a type; {} accepts anything."""
-    allowed = literals(part)
+def json_kind(part: str, words: Sequence[str] | None = None) -> dict[str, Any]:
+    """JSON Schema of one part of a type, whose texts are some of `words`; {} accepts anything."""
+    allowed = words if words and part == "str" else literals(part)
     if allowed is not None:
-        return {"enum": allowed}
+        return {"enum": list(allowed)}
     kind = JSON_TYPES.get(part.split("[")[0])
-    return {"type": kind} if kind else {}
+    return {"type": kind, **({"items": {"enum": list(words)}} if words else {})} if kind else {}

@@ -111,7 +111,7 @@ BARE = [  # objective, a row, what the error says of it
 
 @pytest.mark.parametrize(("name", "row", "said"), BARE, ids=[name for name, *_ in BARE])
 def test_rows_without_what_is_learned_say_their_columns_and_the_way_out(tmp_path, name, row, said):
-    goal, labelled = build(name), {"text": "good", "label": "pos"}
+    goal = build(name)
     file = t.lines(tmp_path / "rows.jsonl", [row, row])
     if name == "qa":
         found = load(file, Intake(wanted=goal.wants, asks=True))[0]

@@ -14,6 +14,8 @@ from deltatune.core.attach import attached, each, known, parameters, trainable
 from deltatune.core.change import Low, changes
 from deltatune.core.convert import export_lora, extract, kl, to_lora
 from deltatune.core.delta import Refusal
+from deltatune.core.peft_format import writable
+from deltatune.core.store import state
 from models import inputs, tiny
 from test_combine import change, shaken
 
@@ -155,7 +157,7 @@ def test_kl_is_the_definition_over_real_positions():
 @pytest.mark.parametrize("method", [BitFit(), IA3(outputs=("v",), inputs=()), (LoRA(r=2), BitFit())])
 def test_what_a_lora_cannot_hold_is_refused_or_reported(method):
     model = shaken(tiny("opt"), method, "a", 1)
-    with pytest.raises(Refusal, match=r"linear layers' weights only.*bias.*drop=True"):
+    with pytest.raises(Refusal, match=r"linear layers' weights, and task heads.*bias.*drop=True"):
         to_lora(model, "a", r=32)
     if isinstance(method, BitFit):
         with pytest.raises(ValueError, match="changes no linear layer's weight"):
@@ -172,11 +174,26 @@ def test_methods_without_weights_are_no_lora(method):
         to_lora(shaken(tiny("llama"), method, "a", 1), "a", r=4)
 
 
-def test_a_task_head_is_left_out_by_name():
-    model = shaken(tiny("bert", "classify"), (LoRA(r=2), Head()), "a", 1)
-    fit = to_lora(model, "a", drop=True, r=2)
-    assert set(fit.left) == {"classifier.bias"}
-    assert fit.ranks["classifier"] == 2
+@pytest.mark.parametrize("method", [LoRA(r=2), Full()])
+def test_a_task_head_goes_along_whole(method):
+    model = shaken(tiny("bert", "classify"), (method, Head()) if isinstance(method, LoRA) else method, "a", 1)
+    model.deltatune_state.records["a"] = {"objective": {"classify": {}}}
+    head = {k: t.clone() for k, t in state(model, "a").items() if k.startswith("classifier")}
+    fit = to_lora(model, "a", "b", r=2, drop=True)
+    assert set(head) == {"classifier.weight", "classifier.bias"}
+    assert not any(key.startswith("classifier") for key in (*fit.left, *fit.ranks))
+    for key, tensor in head.items():
+        assert torch.equal(state(model, "b")[key], tensor), key
+    assert writable(model, "b") == "LORA"  # with modules_to_save
+    assert model.deltatune_state.records["b"] == {"objective": {"classify": {}}}
+
+
+def test_what_has_to_be_said_for_an_export_is_said_at_once():
+    model = shaken(tiny("opt"), Full(), "a", 1)
+    with pytest.raises(Refusal, match=r"drop=True \(--drop\) to leave and list them, and energy=0.99"):
+        to_lora(model, "a")
+    with pytest.raises(ValueError, match=r"its task head alone\): merge it"):
+        to_lora(shaken(tiny("bert", "classify"), Head(), "a", 1), "a")
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ MISTAKES = [
     (
         LoRA,
         {"init": "pisa"},
-        "LoRA init 'pisa': Did you mean 'pissa'. choose from kaiming, gaussian, orthogonal, pissa",
+        "LoRA init 'pisa': choose from kaiming, gaussian, orthogonal, pissa, olora. Did you mean 'pissa'",
     ),
     (DoRA, {"lr_ratio": 0}, "DoRA lr_ratio must be a finite number > 0, got 0"),
     (DoRA, {"r": 0}, "DoRA r must be a whole number >= 1, got 0"),

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from deltatune.config import Config
 from deltatune.report import page
-from deltatune.train.folder import Run
+from deltatune.train.place import Run
 from deltatune.train.verify import Check
 
 SUMMARY = {
@@ -23,7 +23,7 @@ SUMMARY = {
 
 def shown(change: dict, status: str = "done") -> str:
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(Run(Path("runs/a"), status, SUMMARY | change).screen())
+    console.print(Run(Path("runs/a"), status, SUMMARY | change).screen(), crop=False)
     console.file.close()
     return console.export_text()
 

@@ -179,7 +179,7 @@ REFUSED = [
     (["--adapter", "classify", "--data", "none.jsonl"], "there is no such file"),
     (["--model", "bert", "--objective", "classify", "a"], "no run says which classes there are: give --adapter RUN"),
     (["--model", "bert", "--objective", "cloze", "a"], "cloze does not know which classes there are"),
-    (["--model", "llama", "a"], "deltatune generate --adapter RUN --data FILE"),
+    (["--model", "llama", "a"], "deltatune generate --model llama --data FILE"),
 ]
 
 

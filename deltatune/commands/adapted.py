@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -10,11 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
+from deltatune.blocks import over
+from deltatune.commands.ahead import asks_well, intake, model_there, rows_there
 from deltatune.commands.methods import Json
 from deltatune.commands.runs import read_json, settings
 from deltatune.commands.shell import emit, machine, main, note, screen
 from deltatune.commands.train import Sets, chosen
 from deltatune.config import READ, load
+from deltatune.core.manifest import adapter_in, is_model, record_in
 from deltatune.marks import read_value
 from deltatune.terminal import plain
 
@@ -30,6 +34,15 @@ READING = tuple(f"data.{key}" for key in READ)
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="An adapter folder, or the run folder that holds it.")]
 
 
+def folder_of(adapter: Path) -> Path:
+    """The adapter's own folder: of a run folder, the one inside. ValueError where there is none."""
+    if not adapter.is_dir():
+        raise ValueError(f"{adapter}: there is no such adapter folder")
+    if is_model(adapter):
+        raise ValueError(f"{adapter} holds a whole model, no adapter: --model {adapter}")
+    return adapter_in(adapter)
+
+
 def located(model: str | None, adapter: Path | None) -> tuple[str, Path | None]:
     """The base model's reference and the adapter's own folder, whichever way the user named them.
 
@@ -39,9 +52,7 @@ def located(model: str | None, adapter: Path | None) -> tuple[str, Path | None]:
         if model is None:
             raise ValueError("--model REF or --adapter DIR must be given")
         return model, None
-    if not adapter.is_dir():
-        raise ValueError(f"{adapter}: there is no such adapter folder")
-    folder = adapter / "adapter" if (adapter / "adapter").is_dir() else adapter
+    folder = folder_of(adapter)
     named = [settings(run)["model"] for run in (adapter, adapter.parent) if (run / "config.yaml").is_file()]
     manifest = (read_json(folder / "deltatune.json").get("base") or {}).get("reference")
     peft = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -54,9 +65,22 @@ def located(model: str | None, adapter: Path | None) -> tuple[str, Path | None]:
 def opened(model: str | None, adapter: Path | None, objective: Any = None) -> tuple[Any, Any, Any]:
     """(model, tokenizer, what the adapter's run recorded); `objective`: a block that goes before the recorded one."""
     ref, folder = located(model, adapter)
+    model_there(ref)
     from deltatune.train.run import open_adapted
 
     return open_adapted(ref, folder, objective)
+
+
+def told(command: str, model: str | None, adapter: Path | None, block: Any = None) -> dict[str, Any]:
+    """What the run behind an adapter, or behind a merged model, recorded, with the objective's `block` before it, read
+    without torch. ValueError where the model is not there, or is not asked by `command`."""
+    ref, folder = located(model, adapter)
+    model_there(ref)
+    record = record_in(folder or Path(ref).expanduser())
+    if block:
+        record["objective"] = over(block, record.get("objective") or {})
+    asks_well(command, f"--adapter {adapter}" if adapter else f"--model {ref}", record)
+    return record
 
 
 def asked_for(objective: str | None) -> dict[str, dict[str, Any]] | None:
@@ -90,7 +114,10 @@ def evaluate(
         raise ValueError(
             "examples in the prompt need both: --set eval.shots=N and --examples FILE, the rows they are from"
         )
-    loaded, tokenizer, record = opened(model, adapter, asked_for(objective))
+    block = asked_for(objective)
+    early = told("eval", model, adapter, block)
+    rows_there([data, *([examples] if examples else [])], intake({**early, **reading(early, config.data)}))
+    loaded, tokenizer, record = opened(model, adapter, block)
     from deltatune.train.run import evaluate_file
 
     record |= reading(record, config.data)
@@ -124,12 +151,44 @@ def prompts_of(ref: str, record: Mapping[str, Any] = MappingProxyType({})) -> li
     adapter that they are for, whose template is filled with their columns; an answer they need not have."""
     from deltatune.data.formats import load as rows_of
     from deltatune.data.sources import task_of
-    from deltatune.data.wanted import Intake
-    from deltatune.objectives import build
 
-    (task, file), wanted = task_of(ref), build(record.get("objective") or "sft").wants
-    how = Intake(record.get("format"), record.get("columns", ()), replace(wanted, answer=()))
+    (task, file), how = task_of(ref), intake(record)
+    how = replace(how, wanted=replace(how.wanted, answer=()))
     return [row.in_task(task) for row in rows_of(file, how)[0]]
+
+
+def row(text: str) -> Any:
+    """A word of the command line as a text, or as the row that it spells as a JSON object."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def spelled(prompts: Sequence[str], record: Mapping[str, Any]) -> list[Any]:
+    """Prompts of the command line; where the run's template reads columns, as the rows that they spell, a text alone as
+    the one column. ValueError for a row that lacks one."""
+    from deltatune.data.example import PARTS
+    from deltatune.data.formats import converted
+    from deltatune.data.problems import Problems
+    from deltatune.data.readers import Row
+    from deltatune.data.sources import renamed
+
+    how = intake(record, asks=True)
+    columns = how.wanted.columns
+    if not set(columns) - set(PARTS):
+        return list(prompts)
+    given = [row(text) for text in prompts]
+    if len(columns) > 1 and (bare := next((text for text in given if isinstance(text, str)), None)) is not None:
+        shape = ", ".join(f'"{name}": "..."' for name in columns)
+        raise ValueError(f"the template reads several columns, {bare!r:.60} does not say which: --prompt '{{{shape}}}'")
+    problems = Problems()
+    found = [Row({columns[0]: one} if isinstance(one, str) else one, f"--prompt:{i}") for i, one in enumerate(given, 1)]
+    examples = list(converted((renamed(one, how.names) for one in found), problems, how))
+    problems.refuse()
+    return examples
 
 
 def question(example: Any) -> str:
@@ -148,7 +207,10 @@ def generate(
     adapter: Adapter = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="A prompt; a chat model gets it as it was trained, as the user's turn by default."),
+        typer.Option(
+            help="A prompt; a chat model gets it as it was trained, as the user's turn by default. For a template with "
+            'columns a row: \'{"topic": "..."}\'.'
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Rows whose prompts are answered.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
@@ -168,10 +230,10 @@ def generate(
     if bool(prompt) == (data is not None):
         raise ValueError("give --prompt TEXT or --data FILE, one of them")
     reads = chosen(set_, READING).data
+    early = told("generate", model, adapter)
+    early |= reading(early, reads)
+    asked = prompts_of(data, early) if data is not None else list(prompt or ()) if raw else spelled(prompt or (), early)
     loaded, tokenizer, record = opened(model, adapter)
-    asked: list[Any] = (
-        prompts_of(data, {**record, **reading(record, reads)}) if data is not None else list(prompt or ())
-    )
     from deltatune.evaluate.generate import Decoding, answers
 
     chat = bool(getattr(tokenizer, "chat_template", None)) and not (raw or record.get("plain"))

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deltatune.commands.adapted import Adapter, Combine, Model, SoftPrompt, Task, opened
+from deltatune.commands.adapted import Adapter, Combine, Model, SoftPrompt, Task, opened, told
 from deltatune.commands.shell import main, screen
 from deltatune.marks import nearest
 from deltatune.terminal import plain
@@ -292,6 +292,7 @@ def chat(
     combine: Combine = None,
 ) -> None:
     """Talk to a model; /compare shows base and adapter side by side, /help lists the commands."""
+    told("chat", model, adapter)
     with quiet():
         loaded, tokenizer, record = opened(model, adapter)
         console, has = screen(), adapter is not None

@@ -6,16 +6,19 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from deltatune.commands.adapted import Model, located, opened, prompts_of, question
+from deltatune.commands.adapted import Model, folder_of, located, opened, prompts_of, question, told
+from deltatune.commands.ahead import is_weights
 from deltatune.commands.methods import Json
-from deltatune.commands.shell import UNVERIFIED, emit, machine, main, screen
+from deltatune.commands.shell import UNVERIFIED, emit, machine, main, note, screen
+from deltatune.config import READ
+from deltatune.core.manifest import write_record
 from deltatune.terminal import plain
 
 Run = Annotated[Path, typer.Argument(metavar="DIR", help="An adapter folder or a run folder.")]
@@ -64,7 +67,7 @@ def check_weights(weights: Sequence[tuple[Path, float]]) -> None:
     for folder, weight in weights:
         if not math.isfinite(weight):
             raise ValueError(f"the weight of {folder} must be a finite number, got {weight}")
-        located("any", folder)
+        is_weights(folder_of(folder), "merged")
 
 
 def tell(facts: dict[str, Any], lines: Sequence[str]) -> None:
@@ -93,8 +96,9 @@ def lines_of(fit: Any) -> list[str]:
     return found + [f"not in the LoRA: {key} (norm of its change {size:.2e})" for key, size in fit.left.items()]
 
 
-def write_model(model: Any, tokenizer: Any, out: Path) -> None:
-    """An ordinary model folder: whole when it is there, as it is written beside its place and renamed."""
+def write_model(model: Any, tokenizer: Any, out: Path, record: Mapping[str, Any]) -> None:
+    """An ordinary model folder, with what the adapter's run recorded: whole when it is there, as it is written beside
+    its place and renamed."""
     from deltatune.objectives.common import quiet
 
     part = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex}")
@@ -102,6 +106,7 @@ def write_model(model: Any, tokenizer: Any, out: Path) -> None:
         with quiet():
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
+        write_record(part, record)
         if out.exists():
             out.rmdir()
         part.rename(out)
@@ -146,54 +151,66 @@ def merge(
     """Write the base with one adapter or several merged in, as an ordinary model folder."""
     check_new(out)
     others = [weighted(text) for text in with_ or ()]
-    options = used(how, rank, density, seed)
     check_weights([(adapter, weight), *others])
     if adapter_only and (base or data):
         raise ValueError(f"--adapter-only writes no model: leave out --{'base' if base else 'data'}, or write a model")
-    loaded, tokenizer, record = opened(model, adapter)
-    from deltatune.core.attach import activate, attached
+    record = told("merge", model, adapter)
+    asked = prompts_of(data, record) if data else None
+    options = used(how, rank, density, seed)
+    loaded, tokenizer, opening = opened(model, adapter)
+    from deltatune.core.attach import activate, attached, known
     from deltatune.core.cost import cost
     from deltatune.core.store import save
     from deltatune.train.use import cost_text, merged
 
-    text = cost_text(loaded, tokenizer, prompts_of(data, record) if data else None)
-
+    text = cost_text(loaded, tokenizer, asked)
     (name,) = attached(loaded)
     facts: dict[str, Any] = {"merged": str(out), "adapter": str(adapter)}
     lines: list[str] = []
     if others or weight != 1.0 or adapter_only or how != "linear" or rank is not None:
         fit = combined(loaded, others, weight, options)
         name, exact = "combined", rank is None and how in ("linear", "cat")
-        told = {str(adapter): weight, **{str(folder): own for folder, own in others}}
-        facts |= {"weights": told, **options, "exact": exact, **facts_of(fit)}
+        weights = {str(adapter): weight, **{str(folder): own for folder, own in others}}
+        facts |= {"weights": weights, **options, "exact": exact, **facts_of(fit)}
         lines = lines_of(fit) if rank is not None else ["exact: nothing was cut"] if exact else []
+    kept = known(loaded).records.get(name, {})
     if adapter_only:
         save(loaded, name, out, base=located(model, adapter)[0])
     else:
-        whole = merged(loaded, record, base, name)
+        whole = merged(loaded, opening, base, name)
         if text is not None:
             activate(loaded, name)
             paid = cost(loaded, whole, text)
             facts, lines = facts | {"cost": asdict(paid)}, [*lines, f"what merging cost: {paid}"]
-        write_model(whole, tokenizer, out)
+        write_model(whole, tokenizer, out, kept)
     tell(facts, [*lines, f"{'adapter' if adapter_only else 'merged model'} in {out}"])
+    uncarried(record, kept)
 
 
-def probes(model: Any, tokenizer: Any, data: str | None) -> list[dict[str, Any]]:
-    """What the KL is measured on: the questions of `data`, or 4 rows of 64 random tokens."""
+def uncarried(record: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+    """A note of what a new folder does not say of its run, and how to say it when it is used."""
+    if "objective" not in kept:
+        why = "the runs learned unlike things" if "objective" in record else "no run recorded it"
+        note(f"what was learned is not kept ({why}): eval and predict need --objective, and --set data.columns")
+    elif lost := sorted(key for key in READ if key in record and key not in kept):
+        note(f"the runs differ in {' and '.join(lost)}: eval and predict need --set data.{lost[0]}")
+
+
+def probes(model: Any, tokenizer: Any, examples: Sequence[Any] | None) -> list[dict[str, Any]]:
+    """What the KL is measured on: the questions of the rows, or 4 rows of 64 random tokens."""
     import torch
 
     from deltatune.core.vocabulary import vocabulary
 
     device = next(model.parameters()).device
-    if data is None:
+    if examples is None:
         size = vocabulary(model)
         if not size:
             raise ValueError(f"{type(model).__name__} reads no tokens, so there is nothing to measure the KL on")
         ids = torch.randint(0, size, (4, 64), generator=torch.Generator().manual_seed(0))
         found = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in ids]
     else:
-        texts = [question(example) for example in prompts_of(data)[:64]]
+        texts = [question(example) for example in examples[:64]]
         found = [dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=512)) for text in texts]
     if model.config.is_encoder_decoder:
         found = [{**row, "decoder_input_ids": row["input_ids"]} for row in found]
@@ -219,17 +236,24 @@ def export(
     if max_kl is not None and not 0 <= max_kl < math.inf:
         raise ValueError(f"--max-kl is a number of nats, 0 or more, got {max_kl}")
     check_new(out)
+    is_weights(folder_of(adapter), "exported as a LoRA")
+    record = told("export", model, adapter)
+    asked = prompts_of(data, record) if data else None
     check_kept(rank, energy)
     loaded, tokenizer, _ = opened(model, adapter)
+    from deltatune.core.attach import known
     from deltatune.core.convert import kl, to_lora
     from deltatune.core.store import save
 
     fit = to_lora(loaded, "default", "exported", r=rank, energy=energy, drop=drop)
-    drift = kl(loaded, "default", "exported", probes(loaded, tokenizer, data))
+    drift = kl(loaded, "default", "exported", probes(loaded, tokenizer, asked))
     save(loaded, "exported", out, base=located(model, adapter)[0])
     measured = data or "random tokens"
     facts = {"exported": str(out), "adapter": str(adapter), "kl": drift, "kl_on": measured, **facts_of(fit)}
-    tell(facts, [*lines_of(fit), f"KL(adapter || LoRA) {drift:.2e} nats a token on {measured}", f"LoRA in {out}"])
+    head = ["the task head goes along whole"] if len(known(loaded).methods["exported"]) > 1 else []
+    cost = f"KL(adapter || LoRA) {drift:.2e} nats a token on {measured}"
+    tell(facts, [*lines_of(fit), *head, cost, f"LoRA in {out}"])
+    uncarried(record, known(loaded).records.get("exported", {}))
     if max_kl is not None and drift > max_kl:
         raise typer.Exit(UNVERIFIED)
 

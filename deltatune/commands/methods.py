@@ -15,6 +15,11 @@ from deltatune.commands.shell import emit, machine, main, screen
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
 
 
+START = """Start here: --method lora, which suits every objective. ia3 trains the fewest
+numbers, for few rows; qlora where the model does not fit into memory.
+"""
+
+
 def listing(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Every method and preset as one flat record; found: what `surveyed` says of each on a model."""
     return [{**about.record(name), **found.get(name, {})} for name in about.names()]
@@ -63,15 +68,9 @@ def spelled(record: dict[str, Any]) -> str:
 
 def cells(record: dict[str, Any], counted: bool) -> list[str]:
     """One line of the table; counted: with the trainable numbers of a model."""
-    found = [
-        record["name"],
-        record["paper"] or "",
-        record["kind"] or "",
-        "yes" if record["mergeable"] else "no",
-        record["peft"] or "-",
-    ]
+    found = [record["name"], record["paper"] or "", record["kind"] or "", "yes" if record["mergeable"] else "no"]
     found += [f"{record['parameters']:,}" if "parameters" in record else "-"] if counted else []
-    return [*found, spelled(record).replace("[", r"\["), record["source"] or "-"]
+    return [*found, spelled(record).replace("[", r"\[")]
 
 
 def page(found: dict[str, Any], model: str | None) -> Table:
@@ -111,7 +110,7 @@ def methods(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """List methods and presets: paper, kind, merging, peft type, and whose the defaults are. With NAME: its page."""
+    """List methods and presets: paper, kind, merging, what it is. With NAME: its page, fields and defaults too."""
     if name is not None:
         one(name, model)
         return
@@ -119,10 +118,11 @@ def methods(
     if machine():
         emit(records)
         return
+    screen().print(START, markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
     what = ["parameters", "sites"] if model else ["what it is"]
-    for column in ("name", "arXiv", "kind", "merge", "peft", *what, "source"):
-        wraps, right = column in ("what it is", "sites", "source"), column == "parameters"
+    for column in ("name", "arXiv", "kind", "merge", *what):
+        wraps, right = column in ("what it is", "sites"), column == "parameters"
         width = 20 if wraps else None
         table.add_column(
             column, overflow="fold", no_wrap=not wraps, justify="right" if right else "left", min_width=width
@@ -130,9 +130,8 @@ def methods(
     for record in records:
         table.add_row(*cells(record, model is not None))
     screen().print(table)
-    screen().print(
-        "\ndeltatune methods NAME: fields, defaults, the paper's recipe; --model REF: sites and parameters on a model"
-    )
+    screen().print("\nfields, defaults, source, the paper's recipe: deltatune methods NAME")
+    screen().print("sites and trainable parameters on a model: deltatune methods --model REF")
 
 
 def one(name: str, model: str | None) -> None:

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deltatune.commands.adapted import READING, Adapter, Combine, Model, SoftPrompt, Task, asked_for, opened
+from deltatune.commands.adapted import READING, Adapter, Combine, Model, SoftPrompt, Task, asked_for, opened, row, told
+from deltatune.commands.ahead import intake, rows_there
 from deltatune.commands.methods import Json
 from deltatune.commands.shell import emit, machine, main, note, screen, strict
 from deltatune.commands.train import Sets, chosen
@@ -48,6 +49,9 @@ def predict(
         raise ValueError(f"--out {out} {reason}; choose another name")
     reads = chosen(set_, READING).data.model_dump(include={"format", "columns"}, exclude_unset=True)
     block = asked_for(objective)
+    early = {**told("predict", model, adapter, block), **reads}
+    if data is not None:
+        rows_there([data], intake(early, asks=True))
     loaded, tokenizer, record = opened(model, adapter, block)
     from deltatune.train.predict import Asked, answered
 
@@ -57,16 +61,6 @@ def predict(
     for line in notes:
         note(line)
     deliver(found, out, notes)
-
-
-def row(text: str) -> Any:
-    """A word of the command line as a text, or as the row that it spells as a JSON object."""
-    if not text.lstrip().startswith("{"):
-        return text
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def deliver(found: list[dict[str, Any]], out: Path | None, notes: list[str]) -> None:

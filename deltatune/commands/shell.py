@@ -148,6 +148,19 @@ def keep_traceback(error: BaseException) -> str:
     return path
 
 
+def once(command: Any, ctx: Any, args: Sequence[str]) -> None:
+    """ValueError for an option given twice, of which the last would silently count."""
+    try:
+        order = command.make_parser(ctx).parse_args(args=list(args))[2]
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        return  # a mistyped line: the command itself says so
+    single = [p for p in order if p.param_type_name == "option" and not (p.multiple or getattr(p, "is_flag", False))]
+    if twice := next((p for p in single if single.count(p) > 1), None):
+        raise ValueError(f"{twice.opts[0]} is given twice; keep one")
+
+
 class Shell(TyperGroup):
     """The root of the commands: one place where errors become messages and exit codes."""
 
@@ -160,6 +173,13 @@ class Shell(TyperGroup):
             if isinstance(error, (typer.Exit, typer.Abort, BrokenPipeError)) or hasattr(error, "format_message"):
                 raise
             raise typer.Exit(report(error)) from None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command of a line; an option that takes one value is an error where it is given twice."""
+        name, command, rest = super().resolve_command(ctx, args)
+        if command is not None:
+            once(command, command.context_class(command, info_name=name, parent=ctx), rest)
+        return name, command, rest
 
     def main(
         self,

@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
+from deltatune.commands.ahead import run_there
 from deltatune.commands.methods import Json
 from deltatune.commands.runs import check_run, read_json
 from deltatune.commands.shell import DONE, STOPPED, UNVERIFIED, emit, machine, main, note, screen
-from deltatune.config import Config, ConfigError, Override, dump, load, resolve
+from deltatune.config import Config, ConfigError, Override, dump, load, recipes, resolve
 from deltatune.marks import Problem, read_value
+from deltatune.train.place import finished, place
 
 Out = Annotated[
     Path | None,
@@ -54,7 +56,7 @@ def finish(run: Any) -> None:
     if machine():
         emit({"run": str(run.dir), "status": run.status, **run.summary})
     else:
-        screen().print(run.screen())
+        screen().print(run.screen(), crop=False)
     if run.status == "interrupted":
         if machine():  # the screen says it to people
             note(f"interrupted; go on with: deltatune resume {run.dir}")
@@ -64,13 +66,16 @@ def finish(run: Any) -> None:
         raise typer.Exit(code)
 
 
-def observers(config: Any = None) -> list[Any]:
-    """Who watches the loop: a bar on a terminal, plain lines elsewhere, both on standard error."""
+def observers(config: Any = None, said: Sequence[str] = ()) -> list[Any]:
+    """Who watches the loop: a bar on a terminal, plain lines elsewhere, both on standard error. said: notes that were
+    shown already."""
     from deltatune.train.progress import progress
 
     if config is None:
         return [progress(quiet=machine())]
-    return [progress(machine(), config.train.save_every or 0, config.log.every or 0)]
+    found = progress(machine(), config.train.save_every or 0, config.log.every or 0)
+    found.said = frozenset(said)
+    return [found]
 
 
 @main.command()
@@ -105,7 +110,9 @@ def train(
         return
     loaded = load(config, over)
     resolved = resolve(loaded.config)
-    there(resolved.config)
+    run_there(resolved.config)
+    if not dry_run:
+        place(resolved.config, out)
     if out is not None and resolved.config.output.dir is not None:
         note(f"--out {out} is the run's folder: output.dir {resolved.config.output.dir} is not used")
     for line in (*loaded.notes, *(f"chosen: {choice}" for choice in resolved.chosen), batch_line(resolved.config)):
@@ -115,23 +122,7 @@ def train(
         return
     from deltatune.train.run import run
 
-    finish(run(resolved.config, out=out, observers=observers(resolved.config)))
-
-
-def there(config: Config) -> None:
-    """ValueError for a local model or local rows that are not there: before torch is loaded or anything is fetched."""
-    from deltatune.data.problems import Problems
-    from deltatune.data.sources import files, is_hub, task_of
-    from deltatune.zoo import HUB_ID, model_path
-
-    name, problems = config.model.name, Problems()
-    local = Path(name).expanduser().exists() or not HUB_ID.match(name)
-    if local and not name.startswith("pypi:") and not name.endswith(".gguf"):
-        model_path(name)
-    refs = [*config.data.train, *config.data.eval, *(ref for named in config.data.ood.values() for ref in named)]
-    for _, ref in map(task_of, refs):
-        if ref != "-" and not ref.startswith("pypi:") and not is_hub(ref):
-            files(ref, problems)
+    finish(run(resolved.config, out=out, observers=observers(resolved.config, recipes(resolved.config))))
 
 
 def batch_line(config: Config) -> str:
@@ -144,6 +135,8 @@ def batch_line(config: Config) -> str:
 
 def first_steps(out: Path | None, dry_run: bool) -> None:
     """The quickstart, or what it would do."""
+    if out is not None:
+        place(Config(model="any", data="any"), out)
     from deltatune.train.run import quickstart, quickstart_config
 
     if dry_run:
@@ -161,7 +154,7 @@ def foresee(config: Any, chosen: Sequence[str]) -> None:
         emit({"config": config.model_dump(), "chosen": list(chosen), "plan": predicted})
         return
     screen().print(dump(config), markup=False, soft_wrap=True)
-    for line in foreseen(predicted):
+    for line in foreseen({**predicted, "said": recipes(config)}):
         screen().print(line, markup=False, soft_wrap=True)
 
 
@@ -173,7 +166,7 @@ def foreseen(plan: Mapping[str, Any]) -> Iterator[str]:
     need = plan["predicted_memory_bytes"]
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in need.items() if name != "total")
     yield f"memory: {gigabytes(need['total'])} predicted ({parts}), {gigabytes(plan['free_memory_bytes'])} free"
-    yield from (f"note: {text}" for text in plan["notes"])
+    yield from (f"note: {text}" for text in plan["notes"] if text not in plan.get("said", ()))
 
 
 def millions(count: int) -> str:
@@ -193,10 +186,13 @@ def resume(
 ) -> None:
     """Go on from the newest valid checkpoint to the end; a finished run says so."""
     check_run(folder)
-    finished = bool(read_json(folder / "eval.json").get("after"))
-    if finished:
+    ended = bool(read_json(folder / "eval.json").get("after"))
+    if ended:
         note(f"{folder} is finished; there is nothing left to train" + (" (--restart ignored)" if restart else ""))
-    if restart and not finished:
+    if done := finished(folder) if ended else None:
+        finish(done)
+        return
+    if restart:
         from deltatune.train.checkpoint import Store
 
         store = Store(folder / "checkpoints")

@@ -434,6 +434,9 @@ def rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Module]:
     """
     if not names:
         raise ValueError("rows() was given 0 names: give one name per row of the batch (None: the base)")
+    if odd := [name for name in names if not isinstance(name, str | None)] or [names][: isinstance(names, str)]:
+        have = ", ".join(map(repr, attached(model))) or "none"
+        raise ValueError(f"rows() takes a list of adapters' names, None for the base, got {odd[0]!r}. Attached: {have}")
     with restored(model):
         apply(model, tuple(dict.fromkeys(n for n in names if n is not None)), tuple(names))
         yield model

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..methods.freeze import Freeze
+from ..methods.freeze import Freeze, Head
 from ..methods.lora import LoRA, LowRank
 from ..methods.triplets import Triplets
 from .attach import activate, attach, check_new, each, known, restored
@@ -18,7 +18,7 @@ from .inplace import InPlace
 from .merging import refuse_merge
 from .quant import dense, is_quantised, part, write
 from .registry import finite, whole
-from .site import is_conv1d, is_linear, put, widths
+from .site import head_modules, is_conv1d, is_linear, put, widths
 from .slot import slots
 from .vocabulary import unseeded
 
@@ -259,7 +259,9 @@ def adopt(model: nn.Module, name: str, found: Changes) -> None:
             found=f"{len(packed)} packed layers, such as {packed[0]}",
             instead="a rank to cut it to (r=, --rank), which makes it a LoRA",
         )
-    methods = ([lora(low)] if low else []) + ([freeze(whole_ones)] if whole_ones else [])
+    heads = in_heads(model, whole_ones)
+    rest = [place for place in whole_ones if place not in heads]
+    methods = ([lora(low)] if low else []) + ([freeze(rest)] if rest else []) + ([Head()] if heads else [])
     check_new(model, name, tuple(methods))
     with unseeded(model):
         attach(model, methods, name)
@@ -270,8 +272,14 @@ def adopt(model: nn.Module, name: str, found: Changes) -> None:
                 part = low[path]
                 delta.put(layer, {"lora_A": part.a.float(), "lora_B": (part.b * (part.scale / delta.scale)).float()})
             else:
-                for key in delta.stored(layer):
+                for key in (key for key in delta.stored(layer) if (path, key) in found):  # a head is trained whole
                     write(layer, key, original(layer, key) + full(found[path, key]))
+
+
+def in_heads(model: nn.Module, places: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Those of the parameters that belong to a task head."""
+    heads = head_modules(model)
+    return [place for place in places if place[0].split(".")[0] in heads]
 
 
 def lora(low: Mapping[str, Low]) -> LoRA:
@@ -291,12 +299,25 @@ def freeze(places: Sequence[tuple[str, str]]) -> Freeze:
     return Freeze(names=("|".join(re.escape(".".join(place)) for place in places),))
 
 
-def refuse_left(left: Mapping[str, float], drop: bool) -> None:
-    """Refuse what a LoRA cannot hold, unless dropping it was asked for."""
-    if left and not drop:
-        first = ", ".join(list(left)[:3])
-        raise Refusal(
-            "a LoRA holds changes of linear layers' weights only.",
-            found=f"{len(left)} changed parameters that are none, such as {first}",
-            instead="merge the adapter into the weights, or drop=True (--drop) to leave and list them",
-        )
+def refuse_left(model: nn.Module, found: Changes, drop: bool, sized: bool) -> None:
+    """Refuse, before anything is cut, what a LoRA cannot hold, unless dropping it was asked for. sized: it was said how
+    much of the rest to keep."""
+    inside, left = held(model, found)
+    if not left or drop:
+        return
+    cut = not sized and any(not isinstance(change, Low) for change in inside.values())
+    more = ", and energy=0.99 (--energy 0.99) as the others are changes of full rank" if cut else ""
+    raise Refusal(
+        "a LoRA holds changes of linear layers' weights, and task heads beside them.",
+        found=f"{len(left)} changed parameters that are neither, such as {', '.join(list(left)[:3])}",
+        instead=f"`deltatune merge` (a whole model), or drop=True (--drop) to leave and list them{more}",
+    )
+
+
+def carried(model: nn.Module, names: Sequence[str], into: str) -> None:
+    """Keep with adapter `into` what the runs of `names` recorded, as far as they agree."""
+    records = [own for name in names if (own := known(model).records.get(name))]
+    if records:
+        first, *others = records
+        same = {key: value for key, value in first.items() if all(other.get(key) == value for other in others)}
+        known(model).records[into] = same

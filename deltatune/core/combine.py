@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import check_new
-from .change import Change, Changes, Fit, Low, adopt, changes, check_size, full, lower, stacked
+from .change import Change, Changes, Fit, Low, adopt, carried, changes, check_size, full, lower, stacked
 from .registry import finite, nearest, whole
 
 HOW = ("linear", "cat", "svd", "ties", "dare", "dare_ties")
@@ -75,6 +75,7 @@ def combine(model: nn.Module, weights: Mapping[str, float], name: str, how: str 
         low, fit = lower(model, result, wanted.r, None)
         result = {place: low.get(place, change) for place, change in result.items() if place in low or kept(change)}
     adopt(model, name, result)
+    carried(model, list(weights), name)
     return Fit(fit.ranks, fit.errors, fit.error)  # the rest is in place: nothing was left out
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attach import activate, attached, detach, focus, known, restored
-from .change import Changes, Fit, adopt, changes, check_size, lower, refuse_left
+from .change import Changes, Fit, adopt, carried, changes, check_size, in_heads, lower, refuse_left
 from .quant import dense
 from .site import linear_at, twins
 from .store import save
@@ -87,14 +87,20 @@ def to_lora(
     """Attach adapter `name` once more as a plain LoRA, called `into` (default: name + "_lora"); active afterwards.
 
     Exact where the change is low-rank: a LoRA's factors as they are, another method's at their own rank. Otherwise by
-    truncated SVD to rank `r` or to a share `energy` of the squared norm: the Fit says what is lost. Changes that no
-    LoRA holds (biases, norms, embeddings) are a Refusal, or are left out with drop=True and listed in the Fit.
+    truncated SVD to rank `r` or to a share `energy` of the squared norm: the Fit says what is lost. A task head is kept
+    whole, and so is what the adapter's run recorded. Changes that neither holds (biases, norms, embeddings) are a
+    Refusal, or are left out with drop=True and listed in the Fit.
     """
-    low, fit = lower(model, changes(model, name), r, energy)
-    refuse_left(fit.left, drop)
+    found, into = changes(model, name), into or f"{name}_lora"
+    heads = {place: found.pop(place) for place in in_heads(model, list(found)) if isinstance(found[place], Tensor)}
+    check_size(r, energy)
+    refuse_left(model, found, drop, r is not None or energy is not None)
+    low, fit = lower(model, found, r, energy)
     if not low:
-        raise ValueError(f"adapter {name!r} changes no linear layer's weight: {describe(fit.left)}")
-    adopt(model, into or f"{name}_lora", low)
+        rest = "its task head alone" if heads else describe(fit.left)
+        raise ValueError(f"adapter {name!r} changes no linear layer's weight ({rest}): merge it, or use it as it is")
+    adopt(model, into, {**low, **heads})
+    carried(model, [name], into)
     return fit
 
 

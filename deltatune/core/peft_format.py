@@ -24,7 +24,8 @@ from ..methods.triplets import Triplets
 from . import peft_lora
 from .attach import known
 from .delta import Delta
-from .peft_parts import CONFIG, PREFIX, TENSORS, Parts, all_of, body, short_names
+from .manifest import CONFIG
+from .peft_parts import PREFIX, TENSORS, Parts, all_of, body, short_names
 from .registry import whole
 from .site import head_modules, is_conv1d, put, take, widths
 from .slot import slots

@@ -16,7 +16,8 @@ from ..methods.lora import LoRA
 from ..methods.low_rank import LowRank
 from ..methods.triplets import Triplets
 from .change import Low, fitting
-from .peft_parts import CONFIG, PREFIX, TENSORS, Parts, body, most, short_names, widened
+from .manifest import CONFIG
+from .peft_parts import PREFIX, TENSORS, Parts, body, most, short_names, widened
 from .quant import dense
 from .registry import finite, whole
 from .site import is_conv1d, put, take, widths

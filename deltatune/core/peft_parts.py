@@ -13,7 +13,7 @@ from .site import layers, put
 from .slot import slots
 
 PREFIX = "base_model.model."
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+TENSORS = "adapter_model.safetensors"
 
 Parts = dict[str, list[Delta]]  # layer name -> its deltas
 

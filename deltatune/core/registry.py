@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..aliases import meant
 from ..marks import ConfigError, Problem, read_file
 from .delta import Refusal
 from .site import block_of
@@ -37,6 +39,7 @@ class Entry:
     tiny: Mapping[str, Mapping[str, Any]]  # forms that tiny models can carry, by name ("": the method's own): for tests
     lr_range: tuple[float, float] = EVERY  # lowest and highest learning rate that works; outside it: a warning
     recipe: str = ""  # the preset that trains as the paper does
+    virtual: bool = False  # its `length` virtual tokens stand in the text: a template's <soft> slots
 
 
 def read_preset(file: Path) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
     def register(cls: type) -> type:
         low, high = {**known, **facts}.get("lr_range", EVERY)
         METHODS[name] = Entry(name, cls, paper, kind, **{**known, **facts, "lr_range": (float(low), float(high))})
-        cls.method_name = name  # type: ignore[attr-defined]
+        checked(cls).method_name = name  # type: ignore[attr-defined]
         if inner_fields(cls) and not hasattr(cls, "bind"):
             cls.bind = bind_inner  # type: ignore[attr-defined]
         return cls
@@ -119,11 +122,20 @@ def finite(what: str, value: Any, above: float = -math.inf) -> None:
         raise ValueError(f"{what} must be a finite number{bound}, got {value!r}")
 
 
+class Unlisted(ValueError):
+    """A value that is none of the `choices` there are."""
+
+    def __init__(self, message: str, value: Any, choices: Sequence[str]):
+        super().__init__(message)
+        self.value, self.choices = value, tuple(choices)
+
+
 def choice(what: str, value: Any, choices: Iterable[str]) -> None:
-    """ValueError unless `value` is one of `choices`, with the nearest."""
+    """Unlisted unless `value` is one of `choices`, with the nearest."""
     choices = list(choices)
     if value not in choices:
-        raise ValueError(f"{what} {value!r}: choose from {', '.join(choices)}.{nearest(str(value), choices)}")
+        said = f"{what} {value!r}: choose from {', '.join(choices)}.{nearest(str(value), choices)}"
+        raise Unlisted(said, value, choices)
 
 
 def flag(what: str, value: Any) -> None:
@@ -148,6 +160,27 @@ def build(spec: Any) -> tuple[Any, ...]:
     return tuple(build_one(name, fields or {}) for name, fields in spec.items())
 
 
+def refuse_unknown(what: str, given: Iterable[str], have: Sequence[str]) -> None:
+    """ValueError for a field that `what` does not have, with the one that is meant."""
+    for key in given:
+        if key not in have:
+            like = f" Did you mean {own!r}?" if (own := meant(key, have)) else nearest(key, have)
+            raise ValueError(f"{what} has no field {key!r}.{like} Its fields: {', '.join(have)}")
+
+
+def checked(cls: type) -> type:
+    """The class, whose keywords are checked: Python alone would not name the nearest."""
+    made, have = cls.__init__, [f.name for f in dataclasses.fields(cls)]  # type: ignore[misc]
+
+    @functools.wraps(made)
+    def init(self: Any, *args: Any, **given: Any) -> None:
+        refuse_unknown(cls.__name__, given, have)
+        made(self, *args, **given)
+
+    cls.__init__ = init  # type: ignore[misc]
+    return cls
+
+
 def build_one(name: str, fields: dict[str, Any]) -> Any:
     if name in PRESETS and name not in METHODS:
         raise ValueError(f"{name!r} is a preset, which takes no fields: write its name, or {PRESETS[name]['method']}")
@@ -158,9 +191,7 @@ def build_one(name: str, fields: dict[str, Any]) -> Any:
         )
     cls = METHODS[name].cls
     have = [f.name for f in dataclasses.fields(cls)]
-    for key in fields:
-        if key not in have:
-            raise ValueError(f"method {name!r} has no field {key!r}.{nearest(key, have)} Its fields: {', '.join(have)}")
+    refuse_unknown(f"method {name!r}", fields, have)
     inner = inner_fields(cls)
     return cls(**{k: build(v) if k in inner else tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
@@ -231,6 +262,7 @@ def index() -> dict[str, Any]:
 
 def describe(entry: Entry) -> dict[str, Any]:
     facts = {k: getattr(entry, k) for k in ("paper", "kind", "mergeable", "peft", "lr", "identity", "source", "recipe")}
+    facts |= {"virtual": True} if entry.virtual else {}
     return {**facts, "lr_range": list(entry.lr_range), **form(entry.cls)}
 
 
@@ -239,7 +271,7 @@ def form(cls: type) -> dict[str, Any]:
     shown = [f for f in dataclasses.fields(cls) if not f.metadata.get("internal")]
     fields = {f.name: {"type": str(f.type), "default": default_of(f)} for f in shown}
     for f in shown:
-        fields[f.name] |= {"methods": True} if f.metadata.get("methods") else lowest(cls, f)
+        fields[f.name] |= {"methods": True} if f.metadata.get("methods") else lowest(cls, f) | listed(cls, f)
     return {"doc": (cls.__doc__ or "").strip().splitlines()[0], "fields": fields}
 
 
@@ -263,6 +295,23 @@ def lowest(cls: type, field: dataclasses.Field) -> dict[str, int]:
     if "float" in kinds:
         return {"above": 0} if refuses(0.0) else {"least": 0} if refuses(-1.0) else {}
     return {"least": 1} if refuses(0) else {"least": 0} if refuses(-1) else {}
+
+
+NO_CHOICE = "no such choice"
+
+
+def listed(cls: type, field: dataclasses.Field) -> dict[str, list[str]]:
+    """The words that a class takes for a field, as it says itself: {"choices": [...]}, or {}."""
+    kind = str(field.type)
+    if kind != "str" and not kind.startswith("tuple[str"):
+        return {}
+    try:
+        cls(**{field.name: NO_CHOICE if kind == "str" else (NO_CHOICE,)})
+    except Unlisted as error:
+        return {"choices": list(error.choices)} if error.value == NO_CHOICE else {}
+    except (ValueError, TypeError):  # it depends on other fields, or one must be given
+        return {}
+    return {}
 
 
 def default_of(field: dataclasses.Field) -> Any:

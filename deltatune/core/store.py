@@ -21,19 +21,17 @@ from . import peft_format, peft_lora
 from .attach import activate, attach, attached, detach, each, focus, fold, known
 from .delta import overwritten
 from .fingerprint import fingerprint, rescaled, scales
-from .peft_format import CONFIG, TENSORS, strict
+from .manifest import AGAIN, CONFIG, FORMAT, MANIFEST, OWN, adapter_in, is_model, read_object
+from .peft_format import TENSORS, strict
 from .quant import scheme, steady
 from .registry import build, spec, whole
 from .state import STATE, State
 from .vocabulary import WORDS, grow, teach, unseeded, vocabulary, words
 
-MANIFEST, OWN = "deltatune.json", "adapter.safetensors"
 OURS = (MANIFEST, OWN, TENSORS, CONFIG)
 LITTER = (".DS_Store", "Thumbs.db", "desktop.ini")  # what file managers leave where somebody looked
-FORMAT = 1
 SHAPE = {"methods": list, "base": dict, "tensors": dict, "file": str, "sha256": str}
 SHAPE |= {"base.fingerprint": str, "base.class": str}
-AGAIN = "Copy the folder again from where it was whole, or save the adapter anew"
 
 
 def state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -155,14 +153,18 @@ def digest(path: Path) -> str:
 def load(
     model: nn.Module, folder: str | Path, name: str | None = None, *, verify: bool = True, tokenizer: Any = None
 ) -> str:
-    """Attach the adapter saved in `folder` and make it active; returns its name (default: the folder's).
+    """Attach the adapter saved in `folder` (or in the run folder that holds it) and make it active; returns its name
+    (default: the folder's).
 
     ValueError on a wrong base, a damaged file, a missing or an unexpected tensor; then the model is as it was.
     A peft folder without our manifest loads with "base not verified" printed. `verify=False` skips the base check only.
     `tokenizer`: learns the words of the tokens the adapter adds; without it, they are named on standard error.
     """
+    if isinstance(model, str | Path):
+        raise ValueError(f"load() puts an adapter on a model that you hold: load(model, {str(model)!r})")
     folder = Path(folder)
     name = name or "".join(c if c.isalnum() or c in "_-" else "_" for c in folder.name)[:64] or "default"
+    folder = adapter_in(folder)
     found = read_manifest(folder)
     tensors = read_tensors(folder, found)
     if found is None:
@@ -227,6 +229,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     if not folder.is_dir():
         raise ValueError(f"no adapter folder {str(folder)!r}")
     path = folder / MANIFEST
+    if is_model(folder):
+        raise ValueError(f"{folder} holds a whole model, no adapter: give it as the model (--model {folder})")
     if not path.exists():
         if (folder / CONFIG).exists():
             return None
@@ -236,17 +240,6 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path}: format {manifest.get('format')!r}, this version reads {FORMAT}: update deltatune")
     check_manifest(path, manifest)
     return manifest
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, or a ValueError with the path and the way out."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}. {AGAIN}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds {json.dumps(found)[:40]} where an object belongs. {AGAIN}")
-    return found
 
 
 def check_manifest(path: Path, manifest: Mapping[str, Any]) -> None:

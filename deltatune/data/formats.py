@@ -273,8 +273,8 @@ def sniff(columns: Iterable[str], left: Sequence[str] = ()) -> str | None:
 
 
 def format_of(row: Row, how: Intake) -> str | None:
-    """The name of a row's format: as given; the objective's own where its columns are there; OWN where every column that a template names is there, or no known
-    format's are; else the first known one whose columns are there."""
+    """The name of a row's format: as given; the objective's own where its columns are there; OWN where every column
+    that a template names is there, or no known format's are; else the first known one whose columns are there."""
     if how.format not in (None, "auto"):
         return how.format
     fixed = how.wanted.format
@@ -348,7 +348,8 @@ def unknown(row: Row, how: Intake = AS_IT_COMES) -> BadRow:
         fix = "Write at least a prompt and a completion, messages, or a text"
         return BadRow("unknown_columns", row.where, "", "the row has no columns", fix)
     there = {name: form for name, form in FORMATS.items() if how.wanted.answer in form.needs} or FORMATS
-    name, form = min(there.items(), key=lambda item: _distance(item[1], columns))
+    seen = ("image", "audio")  # of equals, the one for texts
+    name, form = min(there.items(), key=lambda item: (_distance(item[1], columns), item[0].startswith(seen)))
     if _distance(form, columns) >= len(form.needs) and there is FORMATS:  # nothing in common with any: the plainest
         name, form = "prompt_completion", FORMATS["prompt_completion"]
     missing = form.missing(columns, how.left)

@@ -84,8 +84,8 @@ def tagged(value: Mapping[str, Any], faults: Faults) -> Example:
 
 
 def answered(value: Mapping[str, Any], faults: Faults) -> Example:
-    """SQuAD: answers {"text": [...], "answer_start": [...]}, or a list of such pairs; empty: unanswerable. A plain text,
-    or a list of them, stands where it comes first in the context."""
+    """SQuAD: answers {"text": [...], "answer_start": [...]}, or a list of such pairs; empty: unanswerable. A plain
+    text, or a list of them, stands where it comes first in the context."""
     question, context = (text(value[name], name, faults, limit=MAX_TEXT) for name in ("question", "context"))
     name = first(value, ANSWERS)
     if name not in value:  # a row that asks

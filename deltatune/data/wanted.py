@@ -133,6 +133,11 @@ class Intake:
         fix = f"Name yours: data.columns: {{{near}: {self.names.get(lacks, lacks)}}}.{nearest(lacks, have, 0.6)}"
         return BadRow("missing_field", row.where, lacks, reason, fix)
 
+    def untold(self, example: Example) -> BadRow:
+        """The fault of a row that does not say what is learned."""
+        row = Row(dict(example.row), example.where)
+        return self.wanted.untold(example.where, example.row, self.turned(row))
+
     def turned(self, row: Row) -> str:
         """A hint where `columns` is the wrong way round for a row, or names what it does not have; or nothing."""
         columns = row.given or row.value

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ..core.attach import known, running
+from ..core.manifest import record_in
 from ..core.state import STATE, State
 from ..core.store import prompt_sets, prompt_tasks
 from ..data.batch import side_by_side
@@ -95,8 +97,13 @@ def prompted(model: nn.Module, *names: str) -> dict[str, Any]:
 
 
 def recorded(model: nn.Module) -> list[Mapping[str, Any]]:
-    """What the runs of the active adapters recorded: the objective, and whether prompts were plain."""
-    return [known(model).records.get(name, {}) for name in running(model)]
+    """What the runs of the active adapters recorded: the objective, and whether prompts were plain. Of a model that
+    never had one: what lies beside it in the folder it is from, where an adapter was merged into it."""
+    if getattr(model, STATE, None) is not None:
+        return [known(model).records.get(name, {}) for name in running(model)]
+    config: Any = getattr(model, "config", None)
+    home = Path(str(getattr(config, "_name_or_path", "") or "/none"))
+    return [found] if (found := record_in(home)) else []
 
 
 def plain(model: nn.Module) -> bool:
@@ -131,10 +138,10 @@ def asking(model: nn.Module, settings: Any) -> Asking:
     ValueError for a prompt or a task that there is none of, and for adapters with unlike templates.
     """
     state: State | None = getattr(model, STATE, None)
-    if settings.prompt_ids is not None or state is None or state.rows is not None:
+    if settings.prompt_ids is not None or (state is not None and state.rows is not None):
         ids = tuple(settings.prompt_ids or ())
         return Asking(Encoding(prompt_ids=ids, prompt_sets=(ids,) if ids else ()))
-    encoding = combining(Encoding(**prompted(model, *state.active)), settings)
+    encoding = combining(Encoding(**prompted(model, *(state.active if state else ()))), settings)
     blocks = [dict(record.get("objective") or {}).get("sft") or {} for record in recorded(model)]
     texts = {block["template"] for block in blocks if block.get("template")}
     if len(texts) > 1 and not settings.raw:

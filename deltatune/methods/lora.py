@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core.delta import Delta, blank
 from ..core.quant import dense
-from ..core.registry import finite, method, nearest, whole
+from ..core.registry import choice, finite, method, nearest, whole
 from ..core.site import Site, linear_at, matches
 from .low_rank import LowRank
 from .starts import INITS, READ, SCALINGS, check_dropout, sized
@@ -50,9 +50,7 @@ class LoRA:
         finite(f"{who} lr_ratio", self.lr_ratio, above=0)
         check_dropout(who, self.dropout)
         for what, value, choices in (("scaling", self.scaling, SCALINGS), ("init", self.init, INITS)):
-            if value not in choices:
-                near = nearest(str(value), choices)
-                raise ValueError(f"{who} {what} {value!r}:{near} choose from {', '.join(choices)}")
+            choice(f"{who} {what}", value, choices)
         for pattern, own in self.patterns.items():
             self.check(f"{who} pattern {pattern!r}", own)
 

@@ -21,6 +21,7 @@ from ._rows import Rows, check_several, sampled
     paper="2104.08691",
     kind="embedding",
     peft="PROMPT_TUNING",
+    virtual=True,
     identity=False,
     tiny={
         "": {"length": 3},

@@ -19,7 +19,7 @@ from ..data.example import Example
 from ..data.problems import BadRow
 from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler
-from .classify import refuse_mixed, spelled
+from .classify import refuse_mixed, refuse_several, spelled
 from .cloze import parsed
 from .common import combined, kind_of, language_class, load, needs_words, read_out, shares, states_at
 from .projection import Projection, states

@@ -176,7 +176,7 @@ def shifted(model: Any, ids: Tensor) -> Tensor:
 def refuse_several(name: str, examples: Sequence[Example]) -> None:
     """ValueError for a row with a list of labels."""
     if wrong := next((e for e in examples if isinstance(e.label, tuple)), None):
-        raise ValueError(f"{wrong.where}: {name} takes one label a row, this one has {list(wrong.label or ())}")
+        raise ValueError(f"{wrong.where}: {name} takes one label a row, this one has {wrong.label}")
 
 
 def refuse_mixed(examples: Sequence[Example]) -> None:

@@ -29,7 +29,9 @@ def screen(run: Any) -> Any:
         Text(f"- {w}", style="dim") for w in s["unchecked"]
     ]
     title = f"{run.dir} : {'verified' if run.status == 'done' else run.status}"
-    return Panel(Group(table, Text(), *lines, *warnings, Text(), *commands(run.dir, s)), title=title, expand=False)
+    box = Panel(Group(table, Text(), *lines, *warnings), title=title, expand=False)
+    # print with crop=False: a command is one line, however long, so that it can be copied
+    return Group(box, *(Text(line, no_wrap=True, overflow="ignore") for line in commands(run.dir, s)))
 
 
 def scores(s: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
@@ -117,15 +119,15 @@ def forgotten(kept: Mapping[str, Any]) -> Iterator[str]:
         yield f"forgotten: not measured ({kept['error']})"
 
 
-def commands(folder: Any, s: Mapping[str, Any]) -> list[Text]:
+def commands(folder: Any, s: Mapping[str, Any]) -> list[str]:
     """The next commands to type: only those that work with this adapter."""
-    talk = Text(f"  deltatune chat --adapter {folder}            # talk to it; /compare shows the base beside it")
-    ask = Text(f"  deltatune predict --adapter {folder} --data FILE # ask it about new rows")
-    answer = Text(f"  deltatune generate --adapter {folder} --data FILE # its answers to new rows")
-    merge = Text(f"  deltatune merge {folder} --out merged          # one plain model folder")
+    talk = f"  deltatune chat --adapter {folder}  # talk to it; /compare shows the base beside it"
+    ask = f"  deltatune predict --adapter {folder} --data FILE  # ask it about new rows"
+    answer = f"  deltatune generate --adapter {folder} --data FILE  # its answers to new rows"
+    merge = f"  deltatune merge {folder} --out merged  # one plain model folder"
     first = ask if s.get("objective", "sft") != "sft" else answer if s.get("reads") else talk
-    measure = Text(f"  deltatune eval --adapter {folder} --data FILE   # measure it on your rows")
-    return [Text("next:"), first, measure, *([merge] if s.get("mergeable", True) else [])]
+    measure = f"  deltatune eval --adapter {folder} --data FILE  # measure it on your rows"
+    return ["next:", first, measure, *([merge] if s.get("mergeable", True) else [])]
 
 
 def markdown(config: Config, s: Mapping[str, Any], checks: Sequence[Any]) -> str:

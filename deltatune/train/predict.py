@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..blocks import over
 from ..config import READ
 from ..core import registry
 from ..core.attach import attached
@@ -26,7 +27,7 @@ from ..objectives import build, record
 from .job import told
 from .opening import tokenizer_of
 from .sets import intake, read
-from .use import configured, decided, job_of, recorded_fields
+from .use import configured, decided, job_of
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def remembered(model: nn.Module, objective: Any) -> dict[str, Any]:
     if objective is None and not found:
         raise ValueError(f"no run of an active adapter says what is asked ({attached(model)}): give the objective")
     if objective is not None:
-        found["objective"] = recorded_fields(given_fields(objective), found.get("objective") or {})
+        found["objective"] = over(given_fields(objective), found.get("objective") or {})
     return found
 
 

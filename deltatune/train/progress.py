@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,10 +151,10 @@ PHASES = {
 }
 
 
-def phase(record: Record) -> list[str]:
-    """A new phase in plain words, after what is to be known about it."""
+def phase(record: Record, said: Collection[str] = ()) -> list[str]:
+    """A new phase in plain words, after what is to be known about it; what was `said` before is not said again."""
     name = str(record["phase"])
-    return [*map(str, record.get("notes") or ()), f"{PHASES.get(name, name)} ..."]
+    return [*(str(note) for note in record.get("notes") or () if note not in said), f"{PHASES.get(name, name)} ..."]
 
 
 def ending(record: Record) -> str:
@@ -168,7 +168,7 @@ class Lines:
 
     def __init__(self, console: Console, meter: Meter, seconds: float = LINE_SECONDS, steps: int = 0):
         self.console, self.meter, self.seconds, self.steps = console, meter, seconds, steps
-        self.shown = -math.inf
+        self.shown, self.said = -math.inf, frozenset[str]()
 
     def due(self, now: float) -> bool:
         """Whether this step deserves a line."""
@@ -184,7 +184,7 @@ class Lines:
         """The run comes to another phase."""
         if record.get("sample"):
             show_sample(Sample(**record["sample"]), self.console)
-        for text in phase(record):
+        for text in phase(record, self.said):
             self.line(plain(text))
 
     def on_start(self, record: Record) -> None:
@@ -218,7 +218,7 @@ class Bar:
     """A live bar with loss, gradient norm, speed, memory and the time to the end and to the next save."""
 
     def __init__(self, console: Console, meter: Meter):
-        self.console, self.meter = console, meter
+        self.console, self.meter, self.said = console, meter, frozenset[str]()
         self.spark = "utf" in console.encoding.lower()
         columns = (
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
@@ -236,7 +236,7 @@ class Bar:
         """The run comes to another phase."""
         if record.get("sample"):
             show_sample(Sample(**record["sample"]), self.console)
-        for text in phase(record):
+        for text in phase(record, self.said):
             self.say(plain(text))
 
     def on_start(self, record: Record) -> None:
@@ -267,7 +267,7 @@ class Bar:
 
 def show(run: Any) -> None:
     """A run's end screen on standard error."""
-    Console(stderr=True, highlight=False, emoji=False).print(run.screen())
+    Console(stderr=True, highlight=False, emoji=False).print(run.screen(), crop=False)
 
 
 def progress(quiet: bool = False, save_every: int = 0, every: int = 0, console: Console | None = None) -> Bar | Lines:

@@ -28,12 +28,13 @@ from ..objectives import build as build_objective
 from ..objectives import record
 from . import evidence, memory, verify
 from .checkpoint import Store
-from .folder import Finished, Run, base_of, claimed, environment, finish, finished, place, verified, write, write_json
+from .folder import Finished, base_of, claimed, environment, finish, verified, write, write_json
 from .guard import GuardStop, Interrupted, Stop, VerificationError, signals
 from .identity import demand_same, rows_will_change
 from .job import Job, from_model, in_training, prepare
 from .lasting import lasting
 from .loop import Loop, Settings, Step
+from .place import Run, finished, place
 from .progress import peak_bytes, progress, show
 from .resume import form as resume_form
 from .streaming import BadStream

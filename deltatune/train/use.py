@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..blocks import over
 from ..config import READ, Config, resolve
 from ..core.attach import disabled, running
+from ..core.manifest import record_in
 from ..core.merging import merge
 from ..core.quant import scheme
 from ..core.store import load as load_adapter
@@ -51,14 +53,15 @@ def record_of(job: Job) -> dict[str, Any]:
 def open_adapted(
     ref: str, folder: Path | None, objective: Mapping[str, Any] | None = None
 ) -> tuple[nn.Module, Any, dict[str, Any]]:
-    """(model with the adapter on it, tokenizer, what its run recorded), for eval, generate, chat and merge.
+    """(model with the adapter on it, tokenizer, what its run recorded), for eval, generate, chat and merge. Without a
+    folder, the record is that of the run whose adapter was merged into the model, where there was one.
 
     `objective`: a block that goes before the recorded one; without either, sft.
     """
     manifest = read_manifest(folder) if folder else None
-    record = dict((manifest or {}).get("record") or {})
+    record = record_in(folder or model_path(ref))
     if objective:
-        record["objective"] = recorded_fields(objective, record.get("objective") or {})
+        record["objective"] = over(objective, record.get("objective") or {})
     record.setdefault("objective", {"sft": {}})
     ((kind, fields),) = record["objective"].items()
     if kind in OWN_HEADS and not (fields or {}).get("labels"):
@@ -99,12 +102,6 @@ def spoken(example: Any) -> str:
     parts = [turn.content for turn in example.turns]
     parts += [example.prompt, example.completion, example.text, example.text_pair]
     return "\n".join(part for part in parts if part)
-
-
-def recorded_fields(asked: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """The asked block with the recorded one's fields beneath it, where both are the same objective."""
-    ((name, fields),) = asked.items()
-    return {name: {**(found.get(name) or {}), **(fields or {})}}
 
 
 OWN_HEADS = {
