@@ -63,8 +63,7 @@ class Prompt:
         for kind, given in (("text", self.text), ("labels", self.labels)):
             if (self.init == kind) != bool(given or (self.ids and self.init == kind)):
                 raise ValueError(f"{who} init {kind!r} needs {kind}, no other does: init {self.init!r}, {given!r}")
-        named = len(self.labels)
-        if named > self.length:
+        if (named := len(self.labels)) > self.length:
             raise ValueError(f"{who} length {self.length} is too short for {named} labels")
         if self.count > 1 and (self.init == "text" or named == self.length):
             same = f"{self.count} prompts that start from the same words would stay the same"
