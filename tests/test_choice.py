@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tiny_tokenizers as tt
+from deltatune import LoRA, attach
 from deltatune.core.delta import Refusal
 from deltatune.data.batch import pad
 from deltatune.data.encode import Encoding
@@ -122,6 +123,23 @@ def test_rows_bring_their_own_choices():
     assert [goal.reference(r) for r in rows] == ["1", "2"]
     alone = sum(goal.loss(model, batch_of(goal, tokenizer, [r]))[0] for r in rows)
     torch.testing.assert_close(goal.loss(model, batch)[0], alone, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_long_text_and_a_long_answer_of_two_rows_fit_side_by_side(family):
+    """Each row with its own answers has 28 or 30 tokens; the longest text and the longest answer together have 50."""
+    tokenizer = tt.byte_level(tt.CHATML)
+    model = tiny(family, vocab_size=len(tokenizer), max_position_embeddings=30)
+    attach(model, LoRA(r=2))
+    goal = Choice(template="{text}<mask>").bind(tokenizer, "causal")
+    rows = [
+        Example("f:1", text="a" * 26, label=0, extra={"choices": ["b", "c"]}),
+        Example("f:2", text="a" * 2, label=0, extra={"choices": ["b" * 24, "c"]}),
+    ]
+    batch = batch_of(goal, tokenizer, rows)
+    assert batch.inputs["input_ids"].shape[1] + batch.choices.shape[2] > 50
+    alone = sum(goal.loss(model, batch_of(goal, tokenizer, [row]))[0] for row in rows)
+    torch.testing.assert_close(goal.loss(model, batch)[0], alone)
 
 
 MALFORMED = [

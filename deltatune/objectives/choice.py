@@ -212,8 +212,9 @@ def continued(model: Any, batch: Batch, real: Tensor) -> tuple[Tensor, Projectio
     whole = F.pad(ids, (0, longest))[:, None].repeat(1, count, 1)
     steps = torch.arange(longest, device=ids.device)
     places = (starts[:, None] + steps)[:, None].expand(rows, count, longest)
-    whole = whole.scatter(2, places, answers.clamp(min=0)).flatten(0, 1)
     ends = (starts[:, None] + real.sum(-1)).flatten()
+    # no wider than the longest of them: a long text and another row's long answer are not one text
+    whole = whole.scatter(2, places, answers.clamp(min=0)).flatten(0, 1)[:, : int(ends.max())]
     mask = (torch.arange(whole.shape[1], device=ids.device) < ends[:, None]).long()
     inputs = Batch({"input_ids": whole, "attention_mask": mask}, batch.labels)
     sequence = torch.arange(rows * count, device=ids.device).view(rows, count, 1).expand_as(real)
