@@ -21,7 +21,7 @@ from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler
 from .classify import refuse_mixed, spelled
 from .cloze import parsed
-from .common import combined, kind_of, language_class, load, needs_words, read_out, shares, states_at
+from .common import FITTED, combined, kind_of, language_class, load, needs_words, read_out, shares, states_at
 from .projection import Projection, states
 
 SMALLEST = 1e-6  # 1 - p below this counts as this: a certain wrong answer has a finite loss
@@ -37,7 +37,7 @@ class Choice:
     """
 
     template: str = "{text} <mask>"
-    labels: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    labels: Mapping[str, str] | tuple[tuple[str, str], ...] = field(default=(), metadata=FITTED)
     unlikelihood: float = 1.0
     length_normalised: float = 1.0
     rank: str = "mean"

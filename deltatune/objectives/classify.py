@@ -6,7 +6,7 @@ Models of pictures (ViT, CLIP) and sounds (Whisper's encoder) have the heads tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,7 +24,7 @@ from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
 from ..data.problems import BadRow, Problems
 from ..data.wanted import LABELS, Wanted
-from .common import class_head, combined, exact, load, name_classes, read_out, run, shares
+from .common import FITTED, class_head, combined, exact, load, name_classes, read_out, run, shares
 
 Kind = Literal["auto", "single", "multi", "regression"]
 
@@ -36,8 +36,8 @@ class Classify:
     labels: class names in order; left out, they are taken from the training set.
     """
 
-    kind: Literal["auto", "single", "multi", "regression"] = "auto"
-    labels: tuple[str, ...] | None = None
+    kind: Literal["auto", "single", "multi", "regression"] = field(default="auto", metadata=FITTED)
+    labels: tuple[str, ...] | None = field(default=None, metadata=FITTED)
 
     name = "classify"
     packs = False

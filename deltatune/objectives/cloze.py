@@ -18,7 +18,7 @@ from ..data.example import Example
 from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler, Template
 from .classify import refuse_mixed, spelled
-from .common import combined, language_class, load, needs_words, read_out, shares, states_at
+from .common import FITTED, combined, language_class, load, needs_words, read_out, shares, states_at
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Cloze:
     """
 
     template: str = "{text} It was <mask>."
-    labels: Mapping[str, Sequence[str]] | tuple[tuple[str, tuple[str, ...]], ...] = ()
+    labels: Mapping[str, Sequence[str]] | tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), metadata=FITTED)
     words: tuple[tuple[int, ...], ...] = field(default=(), metadata={"internal": True})  # token ids by class
     masked: bool | None = field(default=None, metadata={"internal": True})  # a masked language model; set by `bind`
 

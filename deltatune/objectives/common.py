@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ..data.media import reads
 from .projection import Projection, exact, states
 
 IGNORE = -100
+FITTED = MappingProxyType({"fitted": True})  # a field that `fit` reads off the training rows where nothing is said
 
 
 def load(auto: str, path: Path | str, **options: Any) -> Any:

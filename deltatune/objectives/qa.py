@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..data.example import Example
 from ..data.places import answered
 from ..data.problems import BadRow
 from ..data.wanted import ANSWERS, Wanted
-from .common import exact, load, read_out, run
+from .common import FITTED, exact, load, read_out, run
 
 Part = tuple[Tensor, Reading]  # scores [prompts, 2, seq] of one window, and how its tokens lie in the context
 
@@ -37,7 +37,7 @@ class QA:
 
     longest: int = 30
     doc_stride: int = 128
-    unanswerable: bool = False
+    unanswerable: bool = field(default=False, metadata=FITTED)
 
     name = "qa"
     packs = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..data.places import tagged
 from ..data.problems import BadRow
 from ..data.wanted import TAGS, Wanted
 from ..evaluate.spans import spans
-from .common import combined, load, name_classes, read_out, run, shares, token_loss
+from .common import FITTED, combined, load, name_classes, read_out, run, shares, token_loss
 
 OUTSIDE = "O"
 Part = list[Tensor | None]  # scores [classes] of each word of a row
@@ -31,7 +31,7 @@ class Tag:
     labels: tag names in order, which tags given as numbers count into; left out, they are taken from the training set.
     """
 
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str, ...] | None = field(default=None, metadata=FITTED)
 
     name = "tag"
     packs = False
