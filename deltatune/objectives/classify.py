@@ -24,7 +24,7 @@ from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
 from ..data.problems import BadRow, Problems
 from ..data.wanted import LABELS, Wanted
-from .common import FITTED, class_head, combined, exact, load, name_classes, read_out, run, shares
+from .common import FITTED, class_head, combined, exact, load, name_classes, run, shares
 
 Kind = Literal["auto", "single", "multi", "regression"]
 
@@ -74,7 +74,7 @@ class Classify:
 
     def load(self, path: Any, config: Any, **options: Any) -> Any:
         names = list(self.labels or ())
-        model = load(class_head(config), path, num_labels=max(len(names), 1), **options)
+        model = load(class_head(config), path, config, num_labels=max(len(names), 1), **options)
         return name_classes(model, names)
 
     def check(self, model: Any) -> None:
@@ -123,11 +123,6 @@ class Classify:
         return F.cross_entropy(logits, batch.labels, reduction="sum"), {"accuracy": hits}
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
-        """A class name, a tuple of them, or a score for each row."""
-        return read_out(self, model, batch)
-
-    @torch.no_grad()
     def parts(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         """The scores [classes] of each row, of all its prompts together."""
         logits = self.logits(model, batch).float()
@@ -135,7 +130,7 @@ class Classify:
             logits = logits.unflatten(0, (-1, batch.prompts)).mean(1)
         return list((combined(logits, batch) if self.kind == "single" else logits).cpu())
 
-    def joined(self, parts: Sequence[Tensor]) -> Any:
+    def joined(self, parts: Sequence[Tensor], example: Example) -> Any:
         """A class name, a tuple of them, or a score."""
         (scores,), names = parts, self.labels or ()
         if self.kind == "regression":
@@ -146,7 +141,7 @@ class Classify:
 
     def shown(self, parts: Sequence[Tensor], example: Example) -> dict[str, Any]:
         """{"label", "scores": {class: probability}}; of several labels {"labels", "scores"}; or {"score"}."""
-        said, names = self.joined(parts), self.labels or ()
+        said, names = self.joined(parts, example), self.labels or ()
         if self.kind == "regression":
             return {"score": said}
         if self.kind == "multi":

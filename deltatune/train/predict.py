@@ -59,7 +59,8 @@ def predict(
 
     objective: as in `train`; None is the one that the adapter's run recorded, which also says what a block does not
     name and, in an objective, the class names where they are left open. rows: a file or another reference, or a list of
-    rows (`{column: value}`) and texts; they need no answers, and what they say of them is not read. given: the fields of `Asked`.
+    rows (`{column: value}`) and texts; they need no answers, and what they say of them is not read. given: the fields
+    of `Asked`.
 
     Every dictionary has "index" (from 0), "id" where the row has one, and: classify {"label", "scores": {class:
     probability}}, of several labels {"labels", "scores"}, of a score {"score"}; cloze {"label", "words", "scores"};
