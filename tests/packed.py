@@ -38,7 +38,9 @@ def _loaded(family: str) -> Any:
 
     with tempfile.TemporaryDirectory() as place:
         plain(family).save_pretrained(Path(place))
-        return load("AutoModelForCausalLM", place, **quant.options("nf4", torch.float32, "cpu")).eval()
+        return load(
+            "AutoModelForCausalLM", place, plain(family).config, **quant.options("nf4", torch.float32, "cpu")
+        ).eval()
 
 
 def nf4(family: str) -> Any:

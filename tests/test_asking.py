@@ -19,6 +19,7 @@ from deltatune.commands.chat import Voice, speaker
 from deltatune.data.example import Example
 from deltatune.data.problems import BadRow
 from deltatune.evaluate.generate import Decoding, answers, generate, stream
+from deltatune.evaluate.score import predict as measured
 from deltatune.train.job import prepare
 from deltatune.train.run import open_adapted, run
 from models import tiny
@@ -142,7 +143,7 @@ def test_choices_of_several_prompts_are_combined_too(tmp_path):
     job = prepare(t.config(model, data, method=method, objective="choice"))
     stir(job.model, "default", 0)
     batch = job.batch(job.rows[:4])
-    found = job.objective.predict(job.model, batch)
+    found = measured(job, job.train[:4])[0]
     objective: Choice = job.objective
     with torch.no_grad():
         values = objective.values(*objective.scores(job.model, batch))

@@ -143,6 +143,31 @@ def test_leakage_is_by_question_and_labels_are_compared(tmp_path):
     assert [w.kind for w in report.problems.warnings] == ["unknown_label"]
 
 
+HELD_ROWS = [{"text": "Good film!", "label": "pos"}, {"text": "new", "label": "neg"}]
+ODD = {"text": "bad film", "label": "odd"}  # asked in training too, and of a class that no one has
+MEASURED = [  # goal, tokenizer, the evaluation set: faults of it as (kind, lines), rows asked in training
+    (Classify(), TOKENIZER, HELD_ROWS, [], 1),
+    (Classify(), TOKENIZER, [*HELD_ROWS, ODD], [("unknown_label", [3])], None),
+    (Classify(), TOKENIZER, [ODD], [("unknown_label", [1])], None),
+    (Classify(), None, [*HELD_ROWS, ODD], [], 2),  # without a model nothing is encoded,
+    (None, TOKENIZER, [*HELD_ROWS, ODD], [], 2),  # and without an objective nothing is measured
+    (None, None, [*HELD_ROWS, ODD], [], 2),
+]
+
+
+@pytest.mark.parametrize(("goal", "tokenizer", "held", "faults", "leaked"), MEASURED, ids=range(len(MEASURED)))
+def test_an_evaluation_row_that_could_not_be_measured_is_an_error(tmp_path, goal, tokenizer, held, faults, leaked):
+    train = written(tmp_path, [{"text": "good film", "label": "pos"}, {"text": "bad film", "label": "neg"}])
+    dev = written(tmp_path, held, "dev.jsonl")
+    report = check(train, tokenizer, dev, Reading(goal=goal))
+    assert [(p.kind, p.lines) for p in report.held.errors] == faults
+    assert report.ok is not bool(faults)
+    assert (report.leaked.count if report.leaked else None) == leaked
+    assert report.held.good == len(held) - len(faults)
+    warned = ODD in held and not faults  # an error is not a warning too
+    assert [w.kind for w in report.problems.warnings] == ["unknown_label"] * warned
+
+
 def shown(report, **options):
     out = io.StringIO()
     report.print(Console(file=out, width=200, **options))

@@ -6,13 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+import tiny_run as t
 import tiny_tokenizers as tt
+from deltatune import LoRA, attach, predict
 from deltatune.core.delta import Refusal
 from deltatune.data.batch import pad
 from deltatune.data.encode import Encoding
 from deltatune.data.example import Example
 from deltatune.data.problems import BadRow
+from deltatune.evaluate.score import answered, score
+from deltatune.evaluate.score import predict as measured
 from deltatune.objectives import Choice, build, record
+from deltatune.train.job import prepare
 from models import tiny
 
 WORDS = "good fine nice bad poor sad it was the film a plot great terrible very [MASK]"
@@ -103,7 +108,8 @@ def test_the_best_choice_is_predicted(family, rank):
         (encoded,) = goal.encode(row, tokenizer, Encoding())
         logp = token_logp(model, family, encoded)
         value = [x.mean() if rank == "mean" else x.sum() for x in logp]
-        assert goal.predict(model, batch_of(goal, tokenizer, [row])) == [names[int(np.argmax(value))]]
+        (said,) = predict(model, goal, [row.text], tokenizer=tokenizer)
+        assert said["label"] == names[int(np.argmax(value))]
 
 
 def own(choices, label) -> Example:
@@ -117,11 +123,52 @@ def test_rows_bring_their_own_choices():
     batch = batch_of(goal, tokenizer, rows)
     assert batch.choices.shape[:2] == (2, 3)
     assert batch.labels.tolist() == [1, 2]
-    assert all(said in ("0", "1", "2") for said in goal.predict(model, batch))
-    assert goal.predict(model, batch)[0] != "2"  # the first row has two choices
+    given = [{"text": row.text, "choices": row.extra["choices"]} for row in rows]
+    said = [one["label"] for one in predict(model, goal, given, tokenizer=tokenizer)]
+    assert all(label in (0, 1, 2) for label in said)
+    assert said[0] != 2  # the first row has two choices
     assert [goal.reference(r) for r in rows] == ["1", "2"]
     alone = sum(goal.loss(model, batch_of(goal, tokenizer, [r]))[0] for r in rows)
     torch.testing.assert_close(goal.loss(model, batch)[0], alone, rtol=1e-10, atol=0)
+
+
+def test_rows_with_their_own_choices_beside_answers_of_classes(tmp_path):
+    """What is predicted of a row and what is wanted of it have one form: the number of its own choice. Here every row
+    has its answer right, of more choices than there are classes."""
+    block = {"choice": {"template": "{text} <mask>", "labels": {"pos": "good", "neg": "bad"}}}
+    rows = [{"text": f"x{i}", "choices": ["a", "b", "c", "d"], "label": "abcd"[i]} for i in range(4)]
+    path = t.lines(tmp_path / "rows.jsonl", rows)
+    job = prepare(t.config(t.chat_model(tmp_path / "m"), path, path, objective=block))
+    examples, wanted = answered(job, job.train)
+    said = measured(job, examples)[0]
+    assert wanted == ["0", "1", "2", "3"]
+    assert said == [str(one["label"]) for one in predict(job.model, block, rows, tokenizer=job.tokenizer)]
+    assert score(job, examples).numbers["accuracy"] == sum(map(str.__eq__, said, wanted)) / 4
+    goal, scores = job.objective, [torch.eye(4)[[i]] for i in range(4)]
+    assert [goal.joined(list(each), row) for each, row in zip(scores, examples, strict=True)] == wanted
+    shown = [goal.shown(list(each), row) for each, row in zip(scores, examples, strict=True)]
+    assert [(one["label"], one["answer"], max(one["scores"], key=one["scores"].get)) for one in shown] == [
+        (i, "abcd"[i], "abcd"[i]) for i in range(4)
+    ]
+    plain = Example("f:1", text="x", label="neg", extra={"choices": None})
+    assert (goal.joined([torch.tensor([0.0, 1.0])], plain), goal.reference(plain)) == ("neg", "neg")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_long_text_and_a_long_answer_of_two_rows_fit_side_by_side(family):
+    """Each row with its own answers has 28 or 30 tokens; the longest text and the longest answer together have 50."""
+    tokenizer = tt.byte_level(tt.CHATML)
+    model = tiny(family, vocab_size=len(tokenizer), max_position_embeddings=30)
+    attach(model, LoRA(r=2))
+    goal = Choice(template="{text}<mask>").bind(tokenizer, "causal")
+    rows = [
+        Example("f:1", text="a" * 26, label=0, extra={"choices": ["b", "c"]}),
+        Example("f:2", text="a" * 2, label=0, extra={"choices": ["b" * 24, "c"]}),
+    ]
+    batch = batch_of(goal, tokenizer, rows)
+    assert batch.inputs["input_ids"].shape[1] + batch.choices.shape[2] > 50
+    alone = sum(goal.loss(model, batch_of(goal, tokenizer, [row]))[0] for row in rows)
+    torch.testing.assert_close(goal.loss(model, batch)[0], alone)
 
 
 MALFORMED = [

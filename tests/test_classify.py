@@ -44,7 +44,7 @@ def test_losses(kind, labels, targets, oracle):
         found = Classify(kind, labels).loss(model, rows)[0]
         wanted = oracle(model(**rows.inputs).logits, torch.tensor(targets))
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
-    assert len(Classify(kind, labels).predict(model, rows)) == 3
+    assert len(Classify(kind, labels).parts(model, rows)) == 3
 
 
 def example(label, where="f:1"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny_tokenizers as tt
-from deltatune import Cloze
+from deltatune import Cloze, predict
 from deltatune.data.batch import pad
 from deltatune.data.encode import Encoding
 from deltatune.data.example import Example
@@ -96,7 +96,7 @@ def test_scores_are_mean_log_probabilities_at_the_gap(words):
             right += int(scores.argmax() == i)
     assert loss.item() == pytest.approx(total, rel=1e-5)
     assert metrics["accuracy"] == right / 2
-    assert goal.predict(model, batch)[0] in ("pos", "neg")
+    assert predict(model, goal, [row().text], tokenizer=words)[0]["label"] in ("pos", "neg")
 
 
 MISTAKES = [

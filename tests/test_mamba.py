@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import re
+from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 
 import conformance
-from deltatune import IA3, Adapter, LoRA, Prefix, Prompt, attach, rows
+from deltatune import IA3, Adapter, LoRA, Prefix, Prompt, attach, detach, disabled, rows
 from deltatune.core.delta import Refusal
 from deltatune.core.registry import survey
 from deltatune.core.site import block_linears, find
 from deltatune.methods import build
-from models import RECURRENT, inputs, tiny
+from models import HIDDEN, RECURRENT, VOCAB, enliven, inputs, tiny
 
 FORMS = {
     "lora": [{"lora": {"r": 2}}],
@@ -119,3 +122,133 @@ def test_rows_of_one_batch(family):
             mixed = model(**given).logits
     torch.testing.assert_close(mixed[0], changed[0])
     assert (mixed[1] - changed[1]).abs().max() > 1e-3
+
+
+# ---- fused kernels ---------------------------------------------------------------------------------------------------
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+_BAMBA = _HEADS | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4,
+                   "mamba_chunk_size": 4}  # fmt: skip
+# every family of transformers that trains through a kernel which reads its layers' weights
+FUSING: dict[str, tuple[type, dict[str, Any]]] = {
+    "mamba": (hf.MambaConfig, {"state_size": 4}),
+    "falcon_mamba": (hf.FalconMambaConfig, {"state_size": 4}),
+    "mamba2": (hf.Mamba2Config, {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 4}),
+    "bamba": (hf.BambaConfig, _BAMBA | {"attn_layer_indices": [1]}),
+    "falcon_h1": (hf.FalconH1Config, _BAMBA | {"mamba_d_ssm": 64}),
+    "granitemoehybrid": (hf.GraniteMoeHybridConfig, _BAMBA | {
+        "layer_types": ["mamba", "attention"], "num_local_experts": 0, "shared_intermediate_size": 48}),
+    "nemotron_h": (hf.NemotronHConfig, _HEADS | {
+        "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1, "ssm_state_size": 4, "chunk_size": 4,
+        "layers_block_type": ["mamba", "attention"]}),
+    "zamba2": (hf.Zamba2Config, _HEADS | {
+        "mamba_d_state": 4, "n_mamba_heads": 8, "mamba_ngroups": 1, "chunk_size": 4, "num_mem_blocks": 1,
+        "layers_block_type": ["mamba", "hybrid"], "adapter_rank": 4}),
+}  # fmt: skip
+ROWS, SEQ = 2, 7
+
+
+class Kernel:
+    """What `mamba_ssm` puts in place of a function of transformers': one output from all the weights, no layer called.
+
+    It answers with something that the layers would not compute, so that it cannot be taken for them.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, projected: torch.Tensor, *weights: Any, **more: Any) -> torch.Tensor:
+        self.calls += 1
+        return projected.mean() + torch.ones(ROWS, SEQ, HIDDEN)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """The fused kernels of every family, as if they were installed."""
+    found = Kernel()
+    for family in FUSING:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        name = "mamba_inner_fn" if hasattr(module, "mamba_inner_fn") else "mamba2_split_conv1d_scan_combined"
+        monkeypatch.setattr(module, name, found)
+    return found
+
+
+def training(family: str) -> tuple[Any, torch.Tensor]:
+    """A tiny model of `family` in training mode, and ids for it."""
+    kind, sizes = FUSING[family]
+    config = kind(vocab_size=VOCAB, hidden_size=HIDDEN, num_hidden_layers=2, pad_token_id=0, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = hf.AutoModelForCausalLM.from_config(config)
+        enliven(model)
+    return model.train(), torch.randint(5, VOCAB, (ROWS, SEQ), generator=torch.Generator().manual_seed(0))
+
+
+def targets(model) -> tuple[str, ...]:
+    return tuple(n for n in ("x_proj", "out_proj") if any(m.endswith(f".{n}") for m, _ in model.named_modules()))
+
+
+@pytest.mark.parametrize("family", FUSING)
+def test_no_kernel_runs_past_adapted_layers(family, kernel):
+    """A kernel that reads `out_proj.weight` would train a LoRA there as if it were not there."""
+    model, ids = training(family)
+    mixers = [m for m in model.modules() if hasattr(m, "conv1d")]
+    model(ids, use_cache=False)
+    assert kernel.calls == len(mixers)  # what the model does by itself
+    attach(model, LoRA(r=2, init="gaussian", targets=targets(model)), name="mine")
+    conformance.stir(model, "mine", 1)
+    logits = model(ids, use_cache=False).logits
+    logits.square().mean().backward()
+    assert kernel.calls == len(mixers)
+    tuned = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert tuned
+    assert all(grad is not None and grad.abs().max() > 0 for grad in tuned.values())
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(ids, use_cache=False).logits, logits)
+
+
+@pytest.mark.parametrize("family", FUSING)
+def test_the_kernel_runs_where_nothing_is_adapted(family, kernel):
+    """disabled(model) is exactly the base, in_proj is called with a kernel too, and detach leaves no trace."""
+    model, ids = training(family)
+    mixers = [m for m in model.modules() if hasattr(m, "conv1d")]
+    base = model(ids, use_cache=False).logits
+    attach(model, LoRA(r=2, targets=("out_proj",)), name="mine")
+    model(ids, use_cache=False)
+    with disabled(model):
+        assert torch.equal(model(ids, use_cache=False).logits, base)
+    assert kernel.calls == 2 * len(mixers)
+    model(ids, use_cache=False)
+    detach(model, "mine")
+    assert all(m.training for m in model.modules())
+    attach(model, LoRA(r=2, targets=("in_proj",)), name="mine")
+    model(ids, use_cache=False)
+    assert kernel.calls == 3 * len(mixers)
+    model.eval()(ids, use_cache=False)
+    assert not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_blocks_that_run_again_call_the_same_layers(family, kernel):
+    """Gradient checkpointing recomputes outside of the trunk's forward pass."""
+    grads = []
+    for again in (False, True):
+        model, ids = training(family)
+        if again:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(0)
+        attach(model, LoRA(r=2, init="gaussian", targets=("out_proj",)), name="mine")
+        conformance.stir(model, "mine", 1)
+        model(ids, use_cache=False).logits.square().mean().backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert kernel.calls == 0
+    torch.testing.assert_close(*grads)
+
+
+def test_rows_with_and_without_an_adapter(kernel):
+    model, ids = training("mamba")
+    attach(model, LoRA(r=2, init="gaussian"), name="a")
+    conformance.stir(model, "a", 1)
+    with torch.no_grad(), rows(model, ["a", None]):
+        mixed = model(ids, use_cache=False).logits
+        torch.testing.assert_close(model.eval()(ids, use_cache=False).logits, mixed)
+    assert kernel.calls == 0

@@ -13,6 +13,7 @@ import transformers as hf
 import tiny_run as t
 from deltatune import LoRA, Prefix, attach, keep_rows, train
 from deltatune.config import Config
+from deltatune.core.delta import Refusal
 from deltatune.data.batch import pack, pad
 from deltatune.data.check import leaks
 from deltatune.data.encode import Encoding
@@ -23,7 +24,9 @@ from deltatune.evaluate.generate import Decoding, answers, generate
 from deltatune.evaluate.hear import opening
 from deltatune.evaluate.metrics import METRICS, for_task
 from deltatune.methods.freeze import Head
-from deltatune.objectives import SFT, Classify
+from deltatune.objectives import QA, SFT, Classify
+from deltatune.train import memory
+from deltatune.train.job import prepare
 from deltatune.train.run import evaluate_file, open_adapted, run
 from models import BEYOND_TEXT, IMAGE, MELS, tiny
 from test_commands import call
@@ -344,10 +347,37 @@ def test_rows_that_a_model_cannot_take_are_refused_before_training(name, tmp_pat
         run(settings(made[family](), rows, objective), out=tmp_path / "run")
 
 
+def test_a_head_that_no_model_of_a_kind_has_is_refused_before_its_folder_is_read(tmp_path):
+    with pytest.raises(Refusal, match=r"vit models do not have.*objective classify"):
+        QA().load(tmp_path / "nowhere", tiny("vit").config)
+
+
 def test_rows_without_a_place_in_a_batch_of_tokens_say_what_helps(tmp_path):
     config = settings(whisper(tmp_path / "m"), sounds(tmp_path / "d", 4), "sft", batch_rows=None, batch_tokens=8)
     with pytest.raises(ValueError, match=r"takes 50 positions of whisper, more than train.batch_tokens 8: give"):
         run(config, out=tmp_path / "run")
+
+
+@pytest.mark.parametrize("family", ["vit", "clip"])
+def test_a_picture_counts_as_the_positions_that_it_takes(tmp_path, family):
+    """4 patches and the class token; what the model has positions for in a text (32 of CLIP's) says nothing of it."""
+    model, rows = sighted(tmp_path / "m", family), pictures(tmp_path / "d", 7)
+    job = prepare(settings(model, rows, "classify", batch_rows=None, batch_tokens=14))
+    assert [row.length for row in job.rows] == [5] * 7
+    assert sorted(map(len, job.sampler().plan(0))) == [1, 2, 2, 2]  # 2 rows of 5 in 14
+    assert job.encoding.max_length == 1024
+    assert not [note for note in job.notes if "positions" in note]
+    by_rows = prepare(settings(model, rows, "classify", batch_rows=3))
+    by_tokens, three = (memory.estimate(one, one.trainable())["activations"] for one in (job, by_rows))
+    assert by_tokens * 15 == three * 14  # 3 rows of 5
+
+
+def test_a_sound_counts_by_the_positions_of_its_text_too(tmp_path):
+    """Whisper's answers end where its decoder does."""
+    job = prepare(settings(whisper(tmp_path / "m"), sounds(tmp_path / "d", 4), "sft"))
+    assert [row.length for row in job.rows] == [50] * 4
+    assert job.encoding.max_length == 32
+    assert [note for note in job.notes if "rows may have 32 tokens, not 1024" in note]
 
 
 def test_pictures_and_sounds_are_not_packed(tmp_path):

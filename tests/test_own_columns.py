@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -104,6 +105,33 @@ def test_the_check_the_stream_and_the_run_refuse_the_same_rows(tmp_path, row):
         load(path, INTAKE)
     good = t.lines(tmp_path / "b.jsonl", [ROW, other])
     assert check(good, how=Reading(INTAKE, goal=CLOZE)).ok
+
+
+OTHERS = [  # how rows are read, the first row, a row of another form: what is wrong with it, None where nothing is
+    (Intake(columns={"q": "prompt", "a": "completion"}), {"q": "x", "a": "y"}, {"text": "z"}, "mixed_schema"),
+    (INTAKE, ROW, {"text": "z", "title": "t", "label": "pos"}, "missing_field"),
+    (Intake("text"), {"text": "x", "prompt": "p", "completion": "c"}, {"prompt": "p", "completion": "c"},
+     "mixed_schema"),
+    (Intake("text"), {"text": "x", "prompt": "p", "completion": "c"}, {"text": "z"}, None),
+    (Intake(wanted=Classify.wants, asks=True), {"text": "x"}, {"text": "z", "label": "pos"}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("how", "first", "other", "fault"), OTHERS, ids=range(len(OTHERS)))
+@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize("broken", [0, 1])
+def test_the_first_row_tells_the_form_of_a_stream_wherever_it_begins(tmp_path, how, first, other, fault, start, broken):
+    """As it is read: under its columns' other names, as a template names them, in the format that is given."""
+    path = Path(t.lines(tmp_path / "a.jsonl", [first, first, other]))
+    path.write_text("3\n" * broken + path.read_text())
+    problems = Problems()
+    found = [s.example for s in stream([path], problems, Order(shuffle=False), start + broken, how)]
+    whole = list(examples(path, Problems(), how))
+    assert found == whole[start:]
+    assert [(p.kind, p.lines) for p in problems.errors if p.kind != "json_syntax"] == (
+        [(fault, [3 + broken])] if fault else []
+    )
+    assert len({example.kind for example in whole}) == 1
 
 
 # ---- renamed columns -------------------------------------------------------------------------------------------------

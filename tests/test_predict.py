@@ -217,8 +217,48 @@ def test_a_pair_without_its_label_and_a_template_of_one_column(made):
     assert set(pair) == {"index", "label", "scores"}
     assert row_of("x", Cloze("{headline} <mask>")) == {"headline": "x"}
     assert row_of({"a": 1}, Cloze()) == {"a": 1}
-    assert given_fields(Classify(labels=("a", "b"))) == {"classify": {"labels": ("a", "b")}}
-    assert given_fields("qa") == {"qa": {}}
+
+
+USUAL = Cloze().template
+GIVEN = [  # objective, what it says: fields that are read off training rows are left open
+    ("qa", {"qa": {}}),
+    ({"qa": None}, {"qa": {}}),
+    ({"cloze": {"template": USUAL}}, {"cloze": {"template": USUAL}}),
+    ({"cloze": {"template": None}}, {"cloze": {}}),
+    (Cloze(), {"cloze": {"template": USUAL}}),
+    (Cloze(labels={"a": ["x"]}), {"cloze": {"template": USUAL, "labels": {"a": ["x"]}}}),
+    (Classify(), {"classify": {}}),
+    (Classify(labels=("a", "b")), {"classify": {"labels": ("a", "b")}}),
+    (Classify("single"), {"classify": {"kind": "single"}}),
+    (Tag(), {"tag": {}}),
+    (QA(), {"qa": {"longest": 30, "doc_stride": 128}}),
+    (QA(unanswerable=True), {"qa": {"longest": 30, "doc_stride": 128, "unanswerable": True}}),
+    (Choice(), {"choice": {"template": "{text} <mask>", "unlikelihood": 1.0, "length_normalised": 1.0,
+                           "rank": "mean"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("goal", "said"), GIVEN, ids=[f"{i}" for i in range(len(GIVEN))])
+def test_what_a_given_objective_says(goal, said):
+    assert given_fields(goal) == said
+
+
+def test_a_given_objective_wins_over_the_recorded_one(tmp_path):
+    """Also where it is what the objective is without being told; class names are the record's."""
+    model, file = t.masked_model(tmp_path / "bert"), t.lines(tmp_path / "rows.jsonl", labelled(TEXTS))
+    block = {"cloze": {"template": "<mask> film: {text}", "labels": {"pos": ["good"], "neg": ["bad"]}}}
+    run(t.config(model, file, objective=block, train={**SHORT, "lr": 0.05}), out=tmp_path / "run")
+    opened, tokenizer, record = open_adapted(str(model), tmp_path / "run/adapter")
+
+    def said(goal) -> list[float]:
+        return [one["scores"]["pos"] for one in predict(opened, goal, TEXTS, tokenizer=tokenizer)]
+
+    assert record["objective"]["cloze"]["template"] == block["cloze"]["template"]
+    usual = said({"cloze": {"template": USUAL}})
+    assert said(Cloze(template=USUAL)) == usual
+    assert said(Cloze()) == usual
+    assert said(None) == said("cloze") == said(block)
+    assert said(None) != pytest.approx(usual, rel=1e-3)
 
 
 # ---- several prompts -------------------------------------------------------------------------------------------------

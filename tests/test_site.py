@@ -18,7 +18,6 @@ from deltatune.core.site import (
     head_modules,
     linear_at,
     matches,
-    positions_of,
     put,
     spans,
     stem,
@@ -265,14 +264,3 @@ def test_the_stem_runs_in_every_forward_pass(family):
     stem(model).register_forward_hook(lambda *_: ran.append(1))
     model(**inputs(model))
     assert ran == [1]
-
-
-@pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_positions_are_those_of_the_model(family):
-    """Left padding: OPT counts from the mask, others count columns; given positions_of must give the same logits."""
-    model = tiny(family)
-    given = {k: v for k, v in inputs(model).items() if k != "labels"}
-    given["attention_mask"][0, :3] = 0
-    told = positions_of(stem(model), (), given)
-    with torch.no_grad():
-        assert torch.equal(model(**given).logits, model(**given, position_ids=told.expand(2, -1)).logits)

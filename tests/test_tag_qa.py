@@ -27,6 +27,7 @@ from models import tiny
 XQUAD = Path(os.environ.get("DELTATUNE_DATA", Path(__file__).parents[2] / "shared" / "data")) / "xquad"
 WORDS = tt.bert_like("was it good very film ann lee in the who")
 LETTERS = tt.byte_level()
+NOBODY = Example("f:1")  # whose row it is says nothing of a span
 
 
 def row(words: str, tags: str) -> Example:
@@ -72,7 +73,8 @@ def test_a_word_that_was_cut_off_is_predicted_outside():
             out[..., 1] = 1
             return type("Out", (), {"logits": out})
 
-    assert objective.predict(Always(), pad([found], 0)) == [("B-PER", "B-PER", "O")]
+    said = objective.parts(Always(), pad([found], 0))
+    assert objective.joined(said, row("ann was good", "B-PER O O")) == ("B-PER", "B-PER", "O")
 
 
 def test_tag_names_come_from_the_rows_or_count_into_labels():
@@ -168,15 +170,15 @@ def test_the_best_span_over_all_windows_answers(first, second, unanswerable, ans
     text = "it was ann lee"
     parts = [(torch.tensor([own], dtype=torch.float32), reading(text, words))
              for own, words in ((first, "it was"), (second, "ann lee"))]  # fmt: skip
-    assert QA(unanswerable=unanswerable).joined(parts) == answer
+    assert QA(unanswerable=unanswerable).joined(parts, NOBODY) == answer
 
 
 def test_a_span_begins_where_its_window_sees_most():
     own = reading("it was ann", "it was ann")
     scores = torch.tensor([[[0, 5, 0, 1], [0, 0, 0, 5]]], dtype=torch.float32)
-    assert QA().joined([(scores, own)]) == "it was ann"
+    assert QA().joined([(scores, own)], NOBODY) == "it was ann"
     blind = Reading(own.text, own.spans, fullest=(False, False, False, True))
-    assert QA().joined([(scores, blind)]) == "ann"
+    assert QA().joined([(scores, blind)], NOBODY) == "ann"
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -234,7 +236,7 @@ BEST = [  # start scores, end scores, settings, answer
 @pytest.mark.parametrize(("start", "end", "settings", "text"), BEST)
 def test_the_best_span_lies_in_the_context(start, end, settings, text):
     scores = torch.tensor([start, end], dtype=torch.float32)
-    assert QA(**settings).joined([(scores[None], Reading("it was ann", SPANS))]) == text
+    assert QA(**settings).joined([(scores[None], Reading("it was ann", SPANS))], NOBODY) == text
 
 
 def test_rows_without_answers_make_it_answerable_by_nothing():

@@ -131,7 +131,7 @@ def test_all_prompts_of_a_row_share_one_forward_pass_and_one_loss(tmp_path):
     batch = job.batch(job.rows[:4])
     assert (batch.prompts, batch.targets) == (3, 12)
     loss = float(job.objective.loss(job.model, batch)[0].detach()) / batch.targets
-    assert len(job.objective.predict(job.model, batch)) == 4
+    assert len(job.objective.parts(job.model, batch)) == 4
     assert calls == [12, 12]
     alone = [
         float(job.objective.loss(job.model, part)[0].detach()) / 4

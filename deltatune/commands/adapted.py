@@ -30,6 +30,11 @@ Task = Annotated[str | None, typer.Option("--task", help="Whose prompts, where t
 Combine = Annotated[
     str | None, typer.Option("--combine", help="vote or average of several prompts; left out: the adapter's.")
 ]
+Objective = Annotated[
+    str | None, typer.Option("--objective", help="An objective's name, or YAML with its fields; left out: the run's.")
+]
+Longest = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")]
+Draws = Annotated[int, typer.Option("--seed", help="Seed of the sampling.")]
 READING = tuple(f"data.{key}" for key in READ)
 Adapter = Annotated[Path | None, typer.Option("--adapter", help="An adapter folder, or the run folder that holds it.")]
 
@@ -102,9 +107,7 @@ def evaluate(
     model: Model = None,
     adapter: Adapter = None,
     examples: Annotated[str | None, typer.Option(help="Rows that the examples of eval.shots are drawn from.")] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="sft, classify, cloze, choice, tag, qa, or YAML; left out: the run's.")
-    ] = None,
+    objective: Objective = None,
     set_: Sets = None,
     json_: Json = False,
 ) -> None:
@@ -213,10 +216,10 @@ def generate(
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Rows whose prompts are answered.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    max_new_tokens: Longest = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Draws = 0,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as plain text, without any template.")
     ] = False,

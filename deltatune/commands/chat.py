@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deltatune.commands.adapted import Adapter, Combine, Model, SoftPrompt, Task, opened, told
+from deltatune.commands.adapted import Adapter, Combine, Draws, Longest, Model, SoftPrompt, Task, opened, told
 from deltatune.commands.shell import main, screen
 from deltatune.marks import nearest
 from deltatune.terminal import plain
@@ -283,10 +283,10 @@ def quiet() -> Iterator[None]:
 def chat(
     model: Model = None,
     adapter: Adapter = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    max_new_tokens: Longest = 256,
     temperature: Annotated[float, typer.Option(min=0.0, max=5.0, help="0 takes the likeliest token.")] = 0.0,
     system: Annotated[str, typer.Option(help="A system message.")] = "",
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Draws = 0,
     soft_prompt: SoftPrompt = None,
     task: Task = None,
     combine: Combine = None,

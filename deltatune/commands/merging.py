@@ -276,7 +276,8 @@ def weights_of(ref: str) -> Any:
     from deltatune.zoo import model_path
 
     path = model_path(ref)
-    return load(language_class(model_config(path)), path, dtype=torch.float32)
+    config = model_config(path)
+    return load(language_class(config), path, config, dtype=torch.float32)
 
 
 @main.command()

@@ -10,7 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
-from deltatune.commands.adapted import READING, Adapter, Combine, Model, SoftPrompt, Task, asked_for, opened, row, told
+from deltatune.commands.adapted import (
+    READING,
+    Adapter,
+    Combine,
+    Model,
+    Objective,
+    SoftPrompt,
+    Task,
+    asked_for,
+    opened,
+    row,
+    told,
+)
 from deltatune.commands.ahead import intake, rows_there
 from deltatune.commands.methods import Json
 from deltatune.commands.shell import emit, machine, main, note, screen, strict
@@ -32,9 +44,7 @@ def predict(
     batch: Annotated[
         int | None, typer.Option(min=1, help="Rows at once; left out: as many as fit 4096 tokens.")
     ] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="classify, cloze, choice, tag, qa, or YAML; left out: the run's.")
-    ] = None,
+    objective: Objective = None,
     soft_prompt: SoftPrompt = None,
     task: Task = None,
     combine: Combine = None,

@@ -17,7 +17,7 @@ from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
 from .places import tabled
 from .quant import steady
-from .site import UNCALLED, Site, common, parts, stem
+from .site import UNCALLED, Site, common, mixers, parts, stem
 from .slot import Slot, Tap, deltas, slots
 from .state import STATE, State
 
@@ -132,7 +132,7 @@ def begin(model: nn.Module) -> State:
         vocab = getattr(model, "deltatune_vocab", None)
         state = State(fingerprint(model, vocab), {n: p.requires_grad for n, p in model.named_parameters()}, vocab)
         setattr(model, STATE, state)
-        inner, state.room = stem(model), tabled(model)
+        inner, state.room, state.mixers = stem(model), tabled(model), mixers(model)
         state.handles = [
             inner.register_forward_pre_hook(state.shift, with_kwargs=True),
             inner.register_forward_hook(state.watch),
@@ -156,6 +156,7 @@ def end_if_empty(model: nn.Module) -> None:
         return
     for handle in state.handles:
         handle.remove()
+    state.call_layers()
     delattr(model, STATE)
 
 

@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .delta import SLOT, Refusal
+from .places import first
 from .site import added, input_layer, name_of, pairs, towers, trunk
 
 IMPLEMENTATION = "deltatune"  # the name it is registered under in transformers
@@ -425,14 +426,5 @@ def positions(model: nn.Module, lens: Sequence[int]) -> Tensor:
             found=type(model).__name__,
             instead="padded batches for this model (no packed())",
         )
-    first, device = _first_position(trunk), next(trunk.parameters()).device
-    return torch.cat([torch.arange(first, first + n, device=device) for n in lens])[None]
-
-
-def _first_position(trunk: nn.Module) -> int:
-    """RoBERTa's kin keep a padding row in the position table and count from behind it."""
-    for module in trunk.modules():
-        table = getattr(module, "position_embeddings", None)
-        if isinstance(table, nn.Embedding) and table.padding_idx is not None:
-            return table.padding_idx + 1
-    return 0
+    start, device = first(trunk.config), next(trunk.parameters()).device
+    return torch.cat([torch.arange(start, start + n, device=device) for n in lens])[None]

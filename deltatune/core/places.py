@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .site import embedding, layers
+from .site import embedding, layers, read_first
 
 RELATIVE = ("t5", "mt5", "umt5", "longt5")  # distances count, and any may occur
 TABLE = re.compile(r"(^|\.)(wpe|embed_positions|position_embeddings?)$")
+# families that number real tokens from behind the padding id, and whose table has a row for padding
+BEHIND = re.compile(".*roberta.*|camembert|longformer|mpnet|esm|data2vec-text|xmod|ibert|lilt|luke|layoutlmv3|markuplm")
 TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
 
 
@@ -26,9 +28,43 @@ def places(config: Any) -> int | None:
 
 
 def first(config: Any) -> int:
-    """The number of the first position: RoBERTa's kin count from after the padding id."""
-    behind = "roberta" in config.model_type or config.model_type == "camembert"
-    return int(config.pad_token_id or 0) + 1 if behind else 0
+    """The number that a model of this configuration gives to the first real token of a text."""
+    padding = padding_of(config)
+    return 0 if padding is None else padding + 1
+
+
+def padding_of(config: Any) -> int | None:
+    """The token id, and the position, of padding in families that number from behind it; None in the others."""
+    config = config.get_text_config()
+    if not BEHIND.fullmatch(config.model_type):
+        return None
+    return 1 if config.model_type == "mpnet" else int(config.pad_token_id or 0)  # MPNet's is written into its code
+
+
+def positions_of(model: Any, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+    """The position_ids [1 or batch, seq] that `model` (a trunk) would give these arguments by itself."""
+    given = kwargs.get("position_ids")
+    if given is not None:
+        return given
+    source = read_first(args, kwargs)
+    past = kwargs.get("past_key_values")
+    start, length = int(past.get_seq_length()) if past is not None else 0, source.shape[1]
+    real = counted(model, source, kwargs.get("attention_mask"))
+    if real is None:
+        return torch.arange(start, start + length, device=source.device)[None] + first(model.config)
+    before = start if real.shape[1] == length else 0  # a mask shows what is in the cache too
+    return ((real.cumsum(1) + before) * real + first(model.config) - 1)[:, -length:]
+
+
+def counted(model: Any, source: Tensor, mask: Tensor | None) -> Tensor | None:
+    """1 for the tokens that `model` (a trunk) numbers and 0 for padding, [batch, seq or cache and seq]; None where it
+    numbers columns, whatever is in them."""
+    padding = padding_of(model.config)
+    if padding is not None:
+        return None if source.is_floating_point() else (source != padding).long()
+    if mask is None or mask.ndim != 2 or model.config.model_type != "opt":
+        return None
+    return mask.long()
 
 
 def tabled(model: Any) -> int | None:
@@ -45,20 +81,25 @@ def fits(room: int, model: Any, shift: int, called: tuple[tuple, Mapping[str, An
     given = {**dict(zip(("input_ids",), args, strict=False)), **kwargs}
     for name in TEXTS:
         x = given.get(name)
-        if isinstance(x, Tensor) and (length := shift + reach(model, name, given)) > room:
+        if isinstance(x, Tensor) and (length := shift + reach(model, name, given, room - shift)) > room:
             raise ValueError(too_long(room, model, shift + virtual(model, x), length))
 
 
-def reach(model: Any, name: str, given: Mapping[str, Any]) -> int:
-    """How many positions the text called `name` goes up to, those in the cache included."""
+def reach(model: Any, name: str, given: Mapping[str, Any], enough: int) -> int:
+    """How many positions the text called `name` goes up to, those in the cache included; padding that needs none is
+    left out where the text has more than `enough` columns."""
     past: Any = given.get("past_key_values")
-    at = given.get("position_ids")
-    if isinstance(at, Tensor) and not name.startswith("decoder"):  # packed rows begin anew in their middle
-        seen = at.is_cpu or not torch.is_grad_enabled()  # a GPU that trains would wait for the answer
-        return int(at.max()) + 1 - first(model.config) if seen else 0
-    decodes = name.startswith("decoder") or not getattr(model.config, "is_encoder_decoder", False)
-    cached = int(past.get_seq_length()) if decodes and hasattr(past, "get_seq_length") else 0
-    return cached + int(given[name].shape[1])
+    at, decoder = given.get("position_ids"), name.startswith("decoder")
+    if isinstance(at, Tensor) and not decoder:  # packed rows begin anew in their middle
+        if not at.is_cpu and torch.is_grad_enabled():
+            return 0  # a GPU that trains would wait for the answer
+    else:
+        decodes = decoder or not getattr(model.config, "is_encoder_decoder", False)
+        cached = int(past.get_seq_length()) if decodes and hasattr(past, "get_seq_length") else 0
+        length = cached + int(given[name].shape[1])
+        if length <= enough or decoder or not decodes:
+            return length
+    return int(positions_of(model, (), given).max()) + 1 - first(model.config)
 
 
 def virtual(model: Any, ids: Tensor) -> int:

@@ -396,13 +396,18 @@ INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "input_features")
 
 def read_first(args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
     """What a stack of blocks is called with: ids, embeddings, pixels or audio features, [rows, ...]."""
-    return args[0] if args else next(kwargs[name] for name in INPUTS if kwargs.get(name) is not None)
+    return next(x for x in (*args[:1], *map(kwargs.get, INPUTS)) if x is not None)  # args[0]: None beside inputs_embeds
 
 
 def stem(model: nn.Module) -> Any:
     """The module that every forward pass calls: the trunk, but OPT's heads call the decoder inside it."""
     inner = trunk(model)
     return inner.decoder if getattr(getattr(model, "config", None), "model_type", "") == "opt" else inner
+
+
+def mixers(model: nn.Module) -> list[Any]:
+    """State-space layers. In training, a kernel that is installed reads the weights of all inside but `in_proj`."""
+    return [m for _, m in layers(model) if isinstance(getattr(m, "conv1d", None), nn.Conv1d) and hasattr(m, "in_proj")]
 
 
 def name_of(model: nn.Module, module: nn.Module) -> str:
@@ -481,18 +486,3 @@ def head_modules(model: nn.Module) -> list[str]:
 def output_layer(model: Any) -> Any:
     """The vocabulary projection, where there is one."""
     return getattr(model, "get_output_embeddings", lambda: None)()
-
-
-# ---- positions -------------------------------------------------------------------------------------------------------
-def positions_of(model: Any, args: tuple, kwargs: dict) -> Tensor:
-    """The position_ids [1 or batch, seq] that `model` (a trunk) would give these arguments by itself."""
-    given = kwargs.get("position_ids")
-    if given is not None:
-        return given
-    source = read_first(args, kwargs)
-    past = kwargs.get("past_key_values")
-    start = int(past.get_seq_length()) if past is not None else 0
-    mask = kwargs.get("attention_mask")
-    if getattr(model.config, "model_type", "") == "opt" and mask is not None and mask.ndim == 2:
-        return (mask.cumsum(1) * mask - 1).long()[:, start:]  # OPT counts only what is not padding
-    return torch.arange(start, start + source.shape[1], device=source.device)[None]

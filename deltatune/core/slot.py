@@ -85,6 +85,11 @@ class Slot(nn.ModuleDict):
         self.wrapping = [(n, d) for n, d in running if overrides(d, "wrap")]
 
     @property
+    def runs(self) -> bool:
+        """Whether anything happens now when the layer is called."""
+        return bool(self.befores or self.afters or self.looking or self.wrapping)
+
+    @property
     def attends(self) -> bool:
         return bool(self.attending)
 

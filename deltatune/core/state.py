@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .places import fits
-from .site import INPUTS, positions_of, read_first
+from .delta import SLOT
+from .places import fits, positions_of
+from .site import INPUTS, read_first
 from .slot import copies, deltas
 from .vocabulary import Before
 
@@ -35,6 +36,7 @@ class State:
     fused: Any = None  # core.fuse.Fused, while adapters are written into the weights
     grown: Before | None = None  # the vocabulary to go back to, where loading an adapter grew it
     room: int | None = None  # rows of the model's table of positions, where it has one
+    mixers: list[Any] = field(default_factory=list)  # the model's state-space layers
     handles: list = field(default_factory=list)
 
     def token(self) -> tuple:
@@ -68,12 +70,20 @@ class State:
             given = [x for x in (*args[:1], *map(kwargs.get, INPUTS)) if x is not None]
             for x in given[:1]:  # a decoder alone is given none
                 copies(len(x), len(self.rows))
+        self.call_layers()
         if self.room is not None:
             fits(self.room, module, self.moved(), (args, kwargs))
         if not any(self.shifts.get(n) for n in self.active):
             return None
         positions = positions_of(module, args, kwargs)
         return args, {**kwargs, "position_ids": positions + self.offsets(positions.device, batch(args, kwargs))}
+
+    def call_layers(self) -> None:
+        """Mixers call the layers that adapters change: their kernels, which read the weights instead, are for training
+        alone, and a mixer's own flag says nothing else."""
+        for mixer in self.mixers:
+            inside = [getattr(m, SLOT, None) for name, m in mixer.named_children() if name != "in_proj"]
+            mixer.training = mixer.in_proj.training and not any(slot.runs for slot in inside if slot is not None)
 
     def moved(self) -> int:
         """How far the active prefixes move real tokens back, where rows differ the most of them."""

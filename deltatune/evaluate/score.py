@@ -133,7 +133,7 @@ def batches(job: Job, rows: Sequence[Encoded]) -> Any:
 def predict(job: Job, examples: Sequence[Example]) -> tuple[list[Any], float]:
     """(one prediction per example in order, generated tokens per second)."""
     if job.objective.name != "sft":
-        return [job.objective.joined(own) for own in parts(job, examples)], 0.0
+        return [job.objective.joined(*own) for own in zip(parts(job, examples), examples, strict=True)], 0.0
     # the rows hold their virtual ids already
     found = answers(job.model, job.tokenizer, prompts_of(job, examples), Decoding(job.config.eval.max_new_tokens))
     return [text.strip() for text in found.texts], found.tokens_per_second

@@ -21,7 +21,7 @@ from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler
 from .classify import refuse_mixed, refuse_several, spelled
 from .cloze import parsed
-from .common import combined, kind_of, language_class, load, needs_words, read_out, shares, states_at
+from .common import FITTED, combined, kind_of, language_class, load, needs_words, shares, states_at
 from .projection import Projection, states
 
 SMALLEST = 1e-6  # 1 - p below this counts as this: a certain wrong answer has a finite loss
@@ -37,7 +37,7 @@ class Choice:
     """
 
     template: str = "{text} <mask>"
-    labels: Mapping[str, str] | tuple[tuple[str, str], ...] = ()
+    labels: Mapping[str, str] | tuple[tuple[str, str], ...] = field(default=(), metadata=FITTED)
     unlikelihood: float = 1.0
     length_normalised: float = 1.0
     rank: str = "mean"
@@ -71,11 +71,11 @@ class Choice:
         """Rows without choices of their own: without answer texts, the class names themselves are the answers."""
         self.wants.demand(examples)
         refuse_several(self.name, examples)
-        own = sum("choices" in e.extra for e in examples)
-        if own not in (0, len(examples)):
-            where = next(e.where for e in examples if "choices" not in e.extra)
-            raise ValueError(f"{where}: the row has no choices, {own} other rows do")
-        if own or self.labels:
+        bring = sum(map(own, examples))
+        if bring not in (0, len(examples)):
+            where = next(e.where for e in examples if not own(e))
+            raise ValueError(f"{where}: the row has no choices, {bring} other rows do")
+        if bring or self.labels:
             return self
         refuse_mixed(examples)
         names = label_names(examples)
@@ -88,7 +88,7 @@ class Choice:
         auto = language_class(config)
         if auto == "AutoModelForMaskedLM":
             raise masked(config)
-        return load(auto, path, **options)
+        return load(auto, path, config, **options)
 
     def check(self, model: Any) -> None:
         """Refusal for a model that does not predict the next token."""
@@ -116,7 +116,7 @@ class Choice:
     def choices(self, example: Example) -> tuple[tuple[str, ...], int]:
         """(answer texts, the right one's index); BadRow for fewer than two, repeated ones, or a label that is none."""
         given = example.extra.get("choices")
-        if given is None:
+        if not own(example):
             return tuple(t for _, t in self.labels), int(target(example.label, self.classes, example.where))  # type: ignore
         texts = tuple(given) if isinstance(given, list | tuple) else ()
         if len(texts) < 2 or not all(isinstance(t, str) and t.strip() for t in texts) or len(set(texts)) < len(texts):
@@ -151,39 +151,39 @@ class Choice:
         return means(each, real) if self.rank == "mean" else each.sum(-1).masked_fill(~real.any(-1), -torch.inf)
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, batch: Batch) -> list[str]:
-        """A class name for each row, or the number of its choice."""
-        return read_out(self, model, batch)
-
-    @torch.no_grad()
     def parts(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         """The scores [choices] of each row, of all its prompts together; minus infinity where it has fewer choices."""
         return list(combined(self.values(*self.scores(model, batch)), batch).cpu())
 
-    def joined(self, parts: Sequence[Tensor]) -> str:
+    def joined(self, parts: Sequence[Tensor], example: Example) -> str:
+        """The class of the best answer; of a row with choices of its own, their number."""
         best = int(parts[0].argmax())
-        return self.classes[best] if self.labels else str(best)
+        return str(best) if own(example) else self.classes[best]
 
     def shown(self, parts: Sequence[Tensor], example: Example) -> dict[str, Any]:
         """{"label", "answer": its text, "scores": {class: probability}}; the label of a row with choices of its own is
         their number, and the scores are by their texts."""
-        texts, said = self.choices(example)[0], self.joined(parts)
-        names = self.classes if self.labels else texts
-        answer = texts[self.classes.index(said) if self.labels else int(said)]
-        scores = shares(parts[0][: len(names)], names)
-        return {"label": said if self.labels else int(said), "answer": answer, "scores": scores}
+        texts, said = self.choices(example)[0], self.joined(parts, example)
+        scores = shares(parts[0][: len(texts)], texts if own(example) else self.classes)
+        answer = texts[int(parts[0].argmax())]
+        return {"label": int(said) if own(example) else said, "answer": answer, "scores": scores}
 
     def asked(self, example: Example) -> Example:
         """The row with an answer that nothing reads, so that it can be encoded. BadRow for a row of which no answer is
         known."""
-        if not self.labels and "choices" not in example.extra:
+        if not self.labels and not own(example):
             fix = "Write them: choices: [...]"
             raise BadRow("missing_field", example.where, "choices", "the row has no answers to choose from", fix)
-        return replace(example, label=self.classes[0] if "choices" not in example.extra else 0)
+        return replace(example, label=0 if own(example) else self.classes[0])
 
     def reference(self, example: Example) -> str:
-        """The row's label as `predict` spells it."""
-        return str(self.choices(example)[1]) if "choices" in example.extra else spelled(example.label)
+        """The row's label as `joined` spells it."""
+        return str(self.choices(example)[1]) if own(example) else spelled(example.label)
+
+
+def own(example: Example) -> bool:
+    """Whether the row brings the answers to choose from."""
+    return example.extra.get("choices") is not None
 
 
 def means(each: Tensor, real: Tensor) -> Tensor:
@@ -211,8 +211,9 @@ def continued(model: Any, batch: Batch, real: Tensor) -> tuple[Tensor, Projectio
     whole = F.pad(ids, (0, longest))[:, None].repeat(1, count, 1)
     steps = torch.arange(longest, device=ids.device)
     places = (starts[:, None] + steps)[:, None].expand(rows, count, longest)
-    whole = whole.scatter(2, places, answers.clamp(min=0)).flatten(0, 1)
     ends = (starts[:, None] + real.sum(-1)).flatten()
+    # no wider than the longest of them: a long text and another row's long answer are not one text
+    whole = whole.scatter(2, places, answers.clamp(min=0)).flatten(0, 1)[:, : int(ends.max())]
     mask = (torch.arange(whole.shape[1], device=ids.device) < ends[:, None]).long()
     inputs = Batch({"input_ids": whole, "attention_mask": mask}, batch.labels)
     sequence = torch.arange(rows * count, device=ids.device).view(rows, count, 1).expand_as(real)

@@ -6,7 +6,7 @@ Models of pictures (ViT, CLIP) and sounds (Whisper's encoder) have the heads tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,7 +24,7 @@ from ..data.encode import Encoded, Encoding, classified, label_names
 from ..data.example import Example
 from ..data.problems import BadRow, Problems
 from ..data.wanted import WANTS
-from .common import class_head, combined, exact, load, name_classes, read_out, run, shares
+from .common import FITTED, class_head, combined, exact, load, name_classes, run, shares
 
 Kind = Literal["auto", "single", "multi", "regression"]
 
@@ -36,8 +36,8 @@ class Classify:
     labels: class names in order; left out, they are taken from the training set.
     """
 
-    kind: Literal["auto", "single", "multi", "regression"] = "auto"
-    labels: tuple[str, ...] | None = None
+    kind: Literal["auto", "single", "multi", "regression"] = field(default="auto", metadata=FITTED)
+    labels: tuple[str, ...] | None = field(default=None, metadata=FITTED)
 
     name = "classify"
     packs = False
@@ -70,7 +70,7 @@ class Classify:
 
     def load(self, path: Any, config: Any, **options: Any) -> Any:
         names = list(self.labels or ())
-        model = load(class_head(config), path, num_labels=max(len(names), 1), **options)
+        model = load(class_head(config), path, config, num_labels=max(len(names), 1), **options)
         return name_classes(model, names)
 
     def check(self, model: Any) -> None:
@@ -119,11 +119,6 @@ class Classify:
         return F.cross_entropy(logits, batch.labels, reduction="sum"), {"accuracy": hits}
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
-        """A class name, a tuple of them, or a score for each row."""
-        return read_out(self, model, batch)
-
-    @torch.no_grad()
     def parts(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         """The scores [classes] of each row, of all its prompts together."""
         logits = self.logits(model, batch).float()
@@ -131,7 +126,7 @@ class Classify:
             logits = logits.unflatten(0, (-1, batch.prompts)).mean(1)
         return list((combined(logits, batch) if self.kind == "single" else logits).cpu())
 
-    def joined(self, parts: Sequence[Tensor]) -> Any:
+    def joined(self, parts: Sequence[Tensor], example: Example) -> Any:
         """A class name, a tuple of them, or a score."""
         (scores,), names = parts, self.labels or ()
         if self.kind == "regression":
@@ -142,7 +137,7 @@ class Classify:
 
     def shown(self, parts: Sequence[Tensor], example: Example) -> dict[str, Any]:
         """{"label", "scores": {class: probability}}; of several labels {"labels", "scores"}; or {"score"}."""
-        said, names = self.joined(parts), self.labels or ()
+        said, names = self.joined(parts, example), self.labels or ()
         if self.kind == "regression":
             return {"score": said}
         if self.kind == "multi":

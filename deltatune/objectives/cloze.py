@@ -18,7 +18,7 @@ from ..data.example import Example
 from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler, Template
 from .classify import refuse_mixed, refuse_several, spelled
-from .common import combined, language_class, load, needs_words, read_out, shares, states_at
+from .common import FITTED, combined, language_class, load, needs_words, shares, states_at
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Cloze:
     """
 
     template: str = "{text} It was <mask>."
-    labels: Mapping[str, Sequence[str]] | tuple[tuple[str, tuple[str, ...]], ...] = ()
+    labels: Mapping[str, Sequence[str]] | tuple[tuple[str, tuple[str, ...]], ...] = field(default=(), metadata=FITTED)
     words: tuple[tuple[int, ...], ...] = field(default=(), metadata={"internal": True})  # token ids by class
     masked: bool | None = field(default=None, metadata={"internal": True})  # a masked language model; set by `bind`
 
@@ -80,7 +80,7 @@ class Cloze:
         """The model with the head this objective needs, its weights from `path`."""
         if config.is_encoder_decoder:
             raise halved(config)
-        return load(language_class(config), path, **options)
+        return load(language_class(config), path, config, **options)
 
     def check(self, model: Any) -> None:
         """Refusal for a model without one place where it answers."""
@@ -126,21 +126,16 @@ class Cloze:
         return F.cross_entropy(scores, batch.labels, reduction="sum"), {"accuracy": hits}
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, batch: Batch) -> list[str]:
-        """A class name for each row."""
-        return read_out(self, model, batch)
-
-    @torch.no_grad()
     def parts(self, model: nn.Module, batch: Batch) -> list[Tensor]:
         """The scores [classes] of each row, of all its prompts together."""
         return list(combined(self.scores(model, batch), batch).cpu())
 
-    def joined(self, parts: Sequence[Tensor]) -> str:
+    def joined(self, parts: Sequence[Tensor], example: Example) -> str:
         return self.classes[int(parts[0].argmax())]
 
     def shown(self, parts: Sequence[Tensor], example: Example) -> dict[str, Any]:
         """{"label", "words": those that stand for it, "scores": {class: probability}}."""
-        said = self.joined(parts)
+        said = self.joined(parts, example)
         return {"label": said, "words": dict(self.pairs)[said], "scores": shares(parts[0], self.classes)}
 
     def asked(self, example: Example) -> Example:

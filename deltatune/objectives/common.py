@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,20 +20,22 @@ from ..data.media import reads
 from .projection import Projection, exact, states
 
 IGNORE = -100
+FITTED = MappingProxyType({"fitted": True})  # a field that `fit` reads off the training rows where nothing is said
 
 
-def load(auto: str, path: Path | str, **options: Any) -> Any:
+def load(auto: str, path: Path | str, config: Any, **options: Any) -> Any:
     """A transformers Auto class's from_pretrained: safetensors only, never remote code, nothing but a new head missing.
 
+    config: the configuration that `path` holds. Refusal, before anything of `path` is read, where it has no such head.
     A head of other classes than the rows have is a new one too. Weights that the checkpoint lacks (a pooler, a head)
     are drawn from a fixed seed: the base is the same every time.
     """
     import transformers
 
+    headed_for(auto, config)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with quiet(), torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
-        headed_for(auto, transformers.AutoConfig.from_pretrained(path))
         opener = getattr(transformers, auto).from_pretrained
         headed = {"ignore_mismatched_sizes": True} if auto in HEADED else {}
         model, info = opener(path, use_safetensors=True, output_loading_info=True, **headed, **options)
@@ -191,11 +194,6 @@ def combined(scores: Tensor, batch: Batch) -> Tensor:
         return each.mean(1).log()
     votes = F.one_hot(each.argmax(-1), each.shape[-1]).to(each.dtype).mean(1)
     return (votes + each.mean(1) / (2 * batch.prompts)).log()  # a tie-break stays below half a vote
-
-
-def read_out(objective: Any, model: nn.Module, batch: Batch) -> list[Any]:
-    """`objective`'s answer to each row of a batch, each as if it were an example alone."""
-    return [objective.joined([part]) for part in objective.parts(model, batch)]
 
 
 def shares(scores: Tensor, names: Sequence[str]) -> dict[str, float]:

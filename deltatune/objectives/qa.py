@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..data.example import Example
 from ..data.places import answered
 from ..data.problems import BadRow
 from ..data.wanted import WANTS
-from .common import exact, load, read_out, run
+from .common import FITTED, exact, load, run
 
 Part = tuple[Tensor, Reading]  # scores [prompts, 2, seq] of one window, and how its tokens lie in the context
 
@@ -37,7 +37,7 @@ class QA:
 
     longest: int = 30
     doc_stride: int = 128
-    unanswerable: bool = False
+    unanswerable: bool = field(default=False, metadata=FITTED)
 
     name = "qa"
     packs = False
@@ -54,7 +54,7 @@ class QA:
         return replace(self, unanswerable=self.unanswerable or any(not e.extra["answers"] for e in examples))
 
     def load(self, path: Any, config: Any, **options: Any) -> Any:
-        return load("AutoModelForQuestionAnswering", path, num_labels=2, **options)
+        return load("AutoModelForQuestionAnswering", path, config, num_labels=2, **options)
 
     def check(self, model: Any) -> None:
         """Refusal for a model without the two scores of every position."""
@@ -81,17 +81,12 @@ class QA:
         return F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), reduction="sum") / 2, {"span_accuracy": hits}
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, batch: Batch) -> list[str]:
-        """An answer for each row, as if it were a window alone."""
-        return read_out(self, model, batch)
-
-    @torch.no_grad()
     def parts(self, model: nn.Module, batch: Batch) -> list[Part]:
         """The scores of each row, of which `joined` takes those of one example together."""
         scores = self.logits(model, batch).float().cpu().unflatten(0, (-1, batch.prompts))
         return [(own, reading) for own, reading in zip(scores, batch.reading[:: batch.prompts], strict=True) if reading]
 
-    def joined(self, parts: Sequence[Part]) -> str:
+    def joined(self, parts: Sequence[Part], example: Example) -> str:
         """The text of `found`; "" where there is none."""
         return self.found(parts)[0]
 

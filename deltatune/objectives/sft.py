@@ -52,7 +52,7 @@ class SFT:
         auto = language_class(config)
         if auto == "AutoModelForMaskedLM":
             raise masked(config)
-        return load(auto, path, **options)
+        return load(auto, path, config, **options)
 
     def check(self, model: Any) -> None:
         """Refusal for a model that does not predict the next token."""

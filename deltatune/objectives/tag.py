@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..data.places import tagged
 from ..data.problems import BadRow
 from ..data.wanted import WANTS
 from ..evaluate.spans import spans
-from .common import combined, load, name_classes, read_out, run, shares, token_loss
+from .common import FITTED, combined, load, name_classes, run, shares, token_loss
 
 OUTSIDE = "O"
 Part = list[Tensor | None]  # scores [classes] of each word of a row
@@ -31,7 +31,7 @@ class Tag:
     labels: tag names in order, which tags given as numbers count into; left out, they are taken from the training set.
     """
 
-    labels: tuple[str, ...] | None = None
+    labels: tuple[str, ...] | None = field(default=None, metadata=FITTED)
 
     name = "tag"
     packs = False
@@ -57,7 +57,7 @@ class Tag:
 
     def load(self, path: Any, config: Any, **options: Any) -> Any:
         names = list(self.labels or ())
-        model = load("AutoModelForTokenClassification", path, num_labels=max(len(names), 1), **options)
+        model = load("AutoModelForTokenClassification", path, config, num_labels=max(len(names), 1), **options)
         return name_classes(model, names)
 
     def check(self, model: Any) -> None:
@@ -89,18 +89,13 @@ class Tag:
         return loss, {"tag_accuracy": metrics["token_accuracy"]}
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, batch: Batch) -> list[tuple[str, ...]]:
-        """A tag for every word of each row; words that were cut off are outside."""
-        return read_out(self, model, batch)
-
-    @torch.no_grad()
     def parts(self, model: nn.Module, batch: Batch) -> list[Part]:
         """The scores [classes] of every word of each row, of all its prompts together; None for words cut off."""
         found = combined(run(model, batch).logits.float(), batch).cpu()
         words = [reading.words if reading else () for reading in batch.reading[:: batch.prompts]]
         return [[row[at] if at >= 0 else None for at in places] for row, places in zip(found, words, strict=True)]
 
-    def joined(self, parts: Sequence[Part]) -> tuple[str, ...]:
+    def joined(self, parts: Sequence[Part], example: Example) -> tuple[str, ...]:
         (words,), names = parts, self.labels or ()
         lost = OUTSIDE if OUTSIDE in names else names[0]
         return tuple(lost if scores is None else names[int(scores.argmax())] for scores in words)
@@ -108,7 +103,7 @@ class Tag:
     def shown(self, parts: Sequence[Part], example: Example) -> dict[str, Any]:
         """{"words", "tags", "entities": [{"type", "text", "start", "end"}], in words, "scores": {tag: probability} of
         every word}; null for the scores of a word that was cut off."""
-        words, tags, names = example.extra["tokens"], self.joined(parts), self.labels or ()
+        words, tags, names = example.extra["tokens"], self.joined(parts, example), self.labels or ()
         found = [
             {"type": kind, "text": " ".join(words[a:b]), "start": a, "end": b}
             for kind, a, b in sorted(spans(tags), key=lambda span: span[1:])

@@ -358,17 +358,14 @@ def in_training(job: Job) -> Iterator[None]:
     torch.use_deterministic_algorithms(job.config.train.deterministic)
     if packs:
         packing(job.model)
-    word = (
-        "activation" if hasattr(job.model, "activation_checkpointing_enable") else "gradient"
-    )  # renamed in transformers 5.2x
     if job.recompute:
-        getattr(job.model, f"{word}_checkpointing_enable")({"use_reentrant": False})
+        job.model.activation_checkpointing_enable({"use_reentrant": False})
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         if job.recompute and not recomputed:
-            getattr(job.model, f"{word}_checkpointing_disable")()
+            job.model.activation_checkpointing_disable()
         if packs and job.adapter in attached(job.model):
             packing(job.model, False)
         for module, training in modes:

@@ -59,9 +59,10 @@ def predict(
 ) -> list[dict[str, Any]]:
     """What `model`, with the adapters that are active, says of `rows`: a plain dictionary each, in their order.
 
-    objective: as in `train`; what it leaves open (class names, a template) is what the adapter's run recorded, None
-    leaves all of it. rows: a file or another reference, or a list of rows (`{column: value}`) and texts; they need no
-    answers, and what they say of them is not read. given: the fields of `Asked`.
+    objective: as in `train`; None is the one that the adapter's run recorded, which also says what a block does not
+    name and, in an objective, the class names where they are left open. rows: a file or another reference, or a list of
+    rows (`{column: value}`) and texts; they need no answers, and what they say of them is not read. given: the fields
+    of `Asked`.
 
     Every dictionary has "index" (from 0), "id" where the row has one, and: classify {"label", "scores": {class:
     probability}}, of several labels {"labels", "scores"}, of a score {"score"}; cloze {"label", "words", "scores"};
@@ -89,10 +90,15 @@ def remembered(model: nn.Module, objective: Any) -> dict[str, Any]:
 
 
 def given_fields(objective: Any) -> dict[str, dict[str, Any]]:
-    """An objective's block, without the fields that are what they are where nothing is said."""
+    """An objective's block, without what it leaves open: fields that a block does not name, and in an objective the
+    classes (and the like) that `fit` would read off training rows."""
     goal = build(objective)
-    ((name, own),), ((_, usual),) = record(goal).items(), record(type(goal)()).items()
-    return {name: {key: value for key, value in own.items() if value != usual[key]}}
+    ((name, own),) = record(goal).items()
+    if isinstance(objective, str | Mapping):
+        said = {} if isinstance(objective, str) else objective[name] or {}
+        return {name: {key: value for key, value in said.items() if value is not None}}
+    fitted = {f.name for f in fields(goal) if f.metadata.get("fitted") and getattr(goal, f.name) == f.default}
+    return {name: {key: value for key, value in own.items() if key not in fitted}}
 
 
 def answered(
