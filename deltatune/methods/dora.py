@@ -77,6 +77,9 @@ class Decomposed(LowRank):
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "held"}
 
+    def low_rank(self) -> None:
+        return None
+
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """y + (g - 1) (y - b) + g s B A x with g = m / ||V||: the bias is no part of the direction."""
         gain = self.lora_magnitude_vector / self.norm_now(layer)

@@ -72,6 +72,9 @@ class LowRank(Delta):
         r = self.r
         return {"lora_A": a[:r], "start_A": a[r:], "lora_B": b[:, :r], "start_B": -b[:, r:]}
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        return (*self.factors(), self.scale)
+
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         a, b = self.factors()

@@ -31,6 +31,9 @@ class Triplets(Delta):
         for factor in (self.lora_A, self.lora_B):
             nn.init.normal_(factor, std=0.02)
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        return self.lora_A * self.lora_E, self.lora_B, self.scale
+
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         low = F.linear(x, (self.lora_A * self.lora_E).to(x.dtype)).flatten(0, -2)
