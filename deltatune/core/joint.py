@@ -60,8 +60,8 @@ class Joint:
         for name, (a, _, _) in found:
             own[self.rows[name].to(x.device), at : at + len(a)] = 1
             at += len(a)
-        low, up = ([low[0] for _, low in found], [low[2] * low[1] for _, low in found])
-        return torch.cat(low).to(x.dtype), torch.cat(up, 1).to(x.dtype), own
+        down, up = [a for _, (a, _, _) in found], [scale * b for _, (_, b, scale) in found]
+        return torch.cat(down).to(x.dtype), torch.cat(up, 1).to(x.dtype), own
 
 
 def split(
