@@ -9,13 +9,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .delta import Delta
+from .delta import Delta, Dense
 from .site import Range, put, take
 
 LEAST = 64  # summed ranks that are always multiplied as one
 SHARE = (
     8  # of the layer's narrower side: what is multiplied for other rows' adapters stays below a quarter of the layer
 )
+
+
+def added(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
+    """y [*, d_out] + s B A x [*, d_in] of one delta that has such a product; x is dropped out in training."""
+    found = delta.low_rank()
+    assert found is not None
+    (a, b, scale), x = found, F.dropout(x, delta.dropout, delta.training) if delta.dropout else x
+    low = F.linear(x, a.to(x.dtype)).flatten(0, -2)
+    return torch.addmm(y.flatten(0, -2), low, b.to(x.dtype).T, alpha=scale).view_as(y)
+
+
+def summed(delta: Delta, dense: Dense) -> dict[str, Tensor]:
+    """W + s B A, added in fp32."""
+    found = delta.low_rank()
+    assert found is not None
+    a, b, scale = found
+    return {"weight": (dense.weight.float() + (scale * (b @ a)).to(dense.weight.device)).to(dense.weight.dtype)}
 
 
 class Joint:
