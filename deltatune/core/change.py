@@ -118,21 +118,20 @@ def values(layer: nn.Module, delta: Delta, now: Mapping[str, Tensor], ran: Mappi
 
 
 def factors(layer: nn.Module, delta: Delta) -> Low | None:
-    """LoRA's and AdaLoRA's own factors, where B A is the change that `merged` makes; None otherwise (DoRA's, say)."""
-    if not isinstance(delta, LowRank | Triplets):
+    """LoRA's and AdaLoRA's own factors, where B A is the change that `merged` makes; None otherwise."""
+    if (found := delta.low_rank()) is None:
         return None
-    base = dense(layer, delta.site.columns)
-    pair = delta.factors() if isinstance(delta, LowRank) else (delta.lora_A * delta.lora_E, delta.lora_B)
-    a, b = (factor.double() for factor in pair)  # of a start of PiSSA: of rank 2r, from the base
+    base, scale = dense(layer, delta.site.columns), found[2]
+    a, b = (factor.double() for factor in found[:2])  # of a start of PiSSA: of rank 2r, from the base
     weight = base.weight.double()
     told = delta.merged(Dense(weight, base.bias))
-    rest = told.pop("weight").double() - weight - float(delta.scale) * (b @ a)
-    terms = float(delta.scale) * (b.abs() @ a.abs())  # what float32 adds up
+    rest = told.pop("weight").double() - weight - scale * (b @ a)
+    terms = scale * (b.abs() @ a.abs())  # what float32 adds up
     if told or rest.abs().max() > 4 * EPS * (weight.abs() + terms).max():
         return None
     if delta.site.columns:  # a fused projection's part, as rows of the whole
         b = put(b.new_zeros(widths(layer)[1], b.shape[1]), delta.site.columns, b, 0)
-    return Low(a, b, float(delta.scale))
+    return Low(a, b, scale)
 
 
 def stacked(parts: Sequence[tuple[float, Low]]) -> Low:

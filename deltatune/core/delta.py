@@ -83,6 +83,7 @@ class Delta(nn.Module):
     width: int | None = None  # of what it reads itself, where that is not its layer's input
     alone = ""  # why a batch's rows cannot hear this delta or not, one by one; "" where they can
     unpruned = ""  # why its matrices cannot be pruned before training; "" where they can
+    dropout = 0.0  # of what it reads, in training
     tied = False  # True: merging into a weight that other layers share is what is meant
     site: Site  # where attach put this delta
     tap: Any = None  # a span's reading end
@@ -98,6 +99,10 @@ class Delta(nn.Module):
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """x [*, d_in] as read at `site.read`, y [*, d_out] -> the y that leaves `site.write`."""
         return y
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        """(A [r, d_in], B [d_out, r], s) where `after` is y + s B A x, dropout aside; None: it is something else."""
+        return None
 
     def own_input(self, x: Tensor, y: Tensor) -> Tensor:
         """Which of `after`'s x and y its change is computed from: a gate reads the same."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .delta import SLOT, Delta, overrides
+from .joint import Joint, split
 from .site import put, take
 
 Running = tuple[str, Delta]
@@ -49,6 +50,7 @@ class Slot(nn.ModuleDict):
         # what runs now, in order: settled by `switch`, because the hooks are on the hot path
         self.befores: list[Running] = []
         self.afters: list[Running] = []
+        self.joints: list[Joint] = []
         self.attending: list[Running] = []
         self.looking: list[Running] = []
         self.wrapping: list[Running] = []
@@ -79,7 +81,7 @@ class Slot(nn.ModuleDict):
         self.rows, self.row_count = rows, count
         running = [(n, d) for n in active for d in self.of(n) if rows is not None or not d.inplace]
         self.befores = [(n, d) for n, d in running if overrides(d, "before")]
-        self.afters = [(n, d) for n, d in running if overrides(d, "after")]
+        self.joints, self.afters = split([(n, d) for n, d in running if overrides(d, "after")], rows, count)
         self.attending = [(n, d) for n, d in running if overrides(d, "attend")]
         self.looking = [(n, d) for n, d in running if overrides(d, "look")]
         self.wrapping = [(n, d) for n, d in running if overrides(d, "wrap")]
@@ -116,7 +118,10 @@ class Slot(nn.ModuleDict):
         )
 
     def post(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        for name, delta in self.afters:
+        dropping = [part for joint in self.joints if joint.drops for part in joint.parts]
+        for joint in self.joints:
+            y = y if joint.drops else joint(args[0], y, by_row)
+        for name, delta in (*dropping, *self.afters):
             source = delta.tap.read(delta.site.read) if delta.tap else args[0]
             part = take(y, delta.site.columns)
             part = self.on_rows(name, part, lambda p, s, d=delta: d.after(layer, s, p), source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ class Batch:
     reading: tuple[Reading | None, ...] = ()
     prompts: int = 1  # so many copies of each row side by side, each with a prompt of its own
     combine: str = "vote"
+    front: Any = None  # what all rows begin with, where its keys and values are known (evaluate.cache.Front)
 
     @property
     def targets(self) -> int:

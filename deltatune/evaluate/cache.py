@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -43,6 +46,13 @@ class Roomy(DynamicLayer):
         self.keys, self.values = (buffer[..., :end, :] for buffer in self.buffers)
         return self.keys, self.values
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """One row for `repeats` rows without a copy of it: the first `update` makes one."""
+        if self.get_seq_length() and self.keys.shape[0] == 1:
+            self.keys, self.values = (x.expand(repeats, -1, -1, -1) for x in (self.keys, self.values))
+        else:
+            super().batch_repeat_interleave(repeats)
+
     def _fits(self, old: int, new: int) -> bool:
         """Whether the keys are still the beginning of the buffer (no beam was reordered) and it has room."""
         if not self.buffers or self.keys.data_ptr() != self.buffers[0].data_ptr():
@@ -62,8 +72,11 @@ def _buffer(kept: Tensor, new: Tensor, old: int) -> Tensor:
 def room(model: Any) -> int:
     """Tokens of one batch: as many as fit CACHE_BYTES of keys and values."""
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    every = getattr(config, "num_attention_heads", None)
+    if every is None:  # a state of fixed size
+        return MOST_TOKENS
+    heads = getattr(config, "num_key_value_heads", None) or every
+    width = getattr(config, "head_dim", None) or config.hidden_size // every
     token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
     return max(1, min(MOST_TOKENS, CACHE_BYTES // token))
 
@@ -82,6 +95,32 @@ def prefilled(model: Any, front: Tensor) -> DynamicCache:
         model(input_ids=front[:1], past_key_values=cache, use_cache=True)
         cache.batch_repeat_interleave(len(front))
     return cache
+
+
+@dataclass(frozen=True)
+class Front:
+    """What all rows begin with, computed once: `length` tokens and their keys and values."""
+
+    length: int
+    cache: DynamicCache
+
+    def of(self, rows: int) -> DynamicCache:
+        """A cache for so many rows, to go on from."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+@torch.no_grad()
+def front(model: Any, rows: Sequence[Sequence[int]]) -> Front | None:
+    """The common beginning of all `rows` of a causal model, computed; None where there is none worth it."""
+    if model.config.is_encoder_decoder or not getattr(model, "_supports_default_dynamic_cache", lambda: False)():
+        return None
+    length = shared(model, rows)
+    if not length or not all(type(layer) is Roomy for layer in empty(model).layers):
+        return None
+    return Front(length, prefilled(model, torch.tensor([rows[0][:length]], device=model.device)))
 
 
 def shared(model: Any, rows: Sequence[Sequence[int]]) -> int:

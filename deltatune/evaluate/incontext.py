@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cache import Front, front, room
 from .generate import (
     Decoding,
     can_generate,
@@ -278,10 +279,13 @@ def _causal(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> np.ndarray:
     rows = list(inputs)
     found = np.zeros(len(pairs))
     with evaluating(model), torch.no_grad():
-        for group in grouped([len(r) for r in rows], 0, BATCH_TOKENS):
+        begun = front(model, [before for before, _ in pairs])
+        known = begun.length if begun else 0
+        budget = min(BATCH_TOKENS, room(model) * (max(map(len, rows)) - known) // max(map(len, rows)))
+        for group in grouped([len(r) - known for r in rows], 0, max(1, budget)):
             chosen = [rows[g] for g in group]
             first = min(len(pairs[i][0]) for row in chosen for i in inputs[row]) - 1
-            logits = _logits(model, tokenizer, chosen, first)
+            logits = _logits(model, tokenizer, chosen, (first, begun))
             for row, at in zip(chosen, logits, strict=True):
                 for i in inputs[row]:
                     start = len(pairs[i][0]) - 1 - first
@@ -289,13 +293,17 @@ def _causal(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> np.ndarray:
     return found
 
 
-def _logits(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], first: int) -> Tensor:
-    """Logits of right-padded rows from position `first` on [rows, longest - first, vocab]."""
+def _logits(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], places: tuple[int, Front | None]) -> Tensor:
+    """Logits of right-padded rows from position `first` on [rows, longest - first, vocab]. places: (first, what all
+    rows begin with, at most so far)."""
+    first, begun = places
     ids, mask = (t.to(model.device) for t in padded(rows, padding_id(model, tokenizer), left=False))
     keep = ids.shape[1] - first
     partly = "logits_to_keep" in inspect.signature(model.forward).parameters
-    more = {"logits_to_keep": keep} if partly else {}
-    return model(input_ids=ids, attention_mask=mask, use_cache=False, **more).logits[:, -keep:]
+    more: dict[str, Any] = {"logits_to_keep": keep} if partly else {}
+    if begun:
+        ids, more = ids[:, begun.length :], more | {"past_key_values": begun.of(len(ids))}
+    return model(input_ids=ids, attention_mask=mask, use_cache=bool(begun), **more).logits[:, -keep:]
 
 
 def _sum(logits: Tensor, ids: Sequence[int]) -> float:

@@ -13,6 +13,7 @@ from ..core.attach import rows_of, takes_packed
 from ..data.batch import Batching, plan
 from ..data.encode import Encoded
 from ..data.example import Example
+from .cache import Front, front, room
 from .generate import Decoding, answers, evaluating, fits
 from .hear import opening
 from .incontext import Prompt, Search, best_untuned
@@ -153,16 +154,35 @@ def parts(job: Job, examples: Sequence[Example], rows_at_once: int | None = None
     rows = [row for windows in own for row in windows]
     owner = [i for i, windows in enumerate(own) for _ in windows]
     found: list[Any] = [None] * len(rows)
-    lengths = [r.length for r in rows]
-    by_tokens = Batching(tokens=max(BATCH_TOKENS, max(lengths, default=0)), group=True)
-    for group in plan(lengths, by_tokens if rows_at_once is None else Batching(rows=rows_at_once, group=True)):
-        batch = job.batch([rows[i] for i in group], False)
+    begun = begins(job, rows)
+    lengths = [r.length - (begun.length if begun else 0) for r in rows]
+    for group in plan(lengths, sizes(job, rows, begun, rows_at_once)):
+        batch = replace(job.batch([rows[i] for i in group], False), front=begun)
         with rows_of(job.model, [owner[i] for i in group], len(own)):  # longest first: no longer in their order
             each = job.objective.parts(job.model, batch)
         for i, said in zip(group, each, strict=True):
             found[i] = said
     said = iter(found)
     return [[next(said) for _ in windows] for windows in own]
+
+
+def begins(job: Job, rows: Sequence[Encoded]) -> Front | None:
+    """What all rows begin with, computed once, where what is asked of them stands behind it."""
+    if not getattr(job.objective, "continues", False) or job.prompts > 1:
+        return None
+    return front(job.model, [row.ids for row in rows])
+
+
+def sizes(job: Job, rows: Sequence[Encoded], begun: Front | None, rows_at_once: int | None) -> Batching:
+    """How rows are put together: by BATCH_TOKENS, or `rows_at_once`; behind a front as many as its copies fit too."""
+    most = max((row.length for row in rows), default=0)
+    if begun is None:
+        by_tokens = Batching(tokens=max(BATCH_TOKENS, most), group=True)
+        return by_tokens if rows_at_once is None else Batching(rows=rows_at_once, group=True)
+    copies = max(1, *(len(row.choices) for row in rows))
+    longest = most + max((len(ids) for row in rows for ids in row.choices), default=0)
+    fit = min(room(job.model) // longest, BATCH_TOKENS // (longest - begun.length)) // copies
+    return Batching(rows=max(1, min(fit, rows_at_once or fit)), group=True)
 
 
 # ---- the untuned model -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.delta import Dense
+from ..core.delta import Delta, Dense
 from ..core.quant import dense
 from ..core.registry import method
 from ..core.site import Site, take
@@ -40,6 +40,7 @@ class DoRA(LoRA):
 class Decomposed(LowRank):
     """m [d_out] starts as the norm of each row of W, so that the layer starts as it was."""
 
+    low_rank = Delta.low_rank  # its norm is no product
     held: tuple[Tensor, Any, list[Tensor], Tensor] | None = None  # what the norm was made of last, and the norm
 
     def __init__(self, d_in: int, d_out: int, settings: tuple[int, float, float], scaling: str = "standard"):
@@ -91,8 +92,7 @@ class Decomposed(LowRank):
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:
         """||V|| is the base's, as in `after`; what other deltas added before is scaled along, their bias too."""
-        a, b = self.factors()
-        base = dense.base or dense
+        a, b, base = *self.factors(), dense.base or dense
         gain = self.lora_magnitude_vector / self.norm(base.weight)
         found = {"weight": (gain[:, None] * (dense.weight.float() + self.scale * (b @ a))).to(dense.weight.dtype)}
         if dense.bias is not None and base.bias is not None and not torch.equal(dense.bias, base.bias):

@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..core.delta import Delta, Dense
+from ..core.joint import added, summed
 from .starts import READ, olora, pissa
 
 
@@ -72,14 +72,11 @@ class LowRank(Delta):
         r = self.r
         return {"lora_A": a[:r], "start_A": a[r:], "lora_B": b[:, :r], "start_B": -b[:, r:]}
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        return (*self.factors(), self.scale)
+
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        a, b = self.factors()
-        low = F.linear(x, a.to(x.dtype))
-        flat = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), b.to(x.dtype).T, alpha=self.scale)
-        return flat.view_as(y)
+        return added(self, x, y)
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:
-        a, b = self.factors()
-        change = self.scale * (b @ a)
-        return {"weight": (dense.weight.float() + change.to(dense.weight.device)).to(dense.weight.dtype)}
+        return summed(self, dense)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..core.delta import Delta, Dense
+from ..core.joint import added, summed
 from .budget import NAMES, Budget, observe
 
 
@@ -31,14 +31,14 @@ class Triplets(Delta):
         for factor in (self.lora_A, self.lora_B):
             nn.init.normal_(factor, std=0.02)
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float] | None:
+        return self.lora_A * self.lora_E, self.lora_B, self.scale
+
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        low = F.linear(x, (self.lora_A * self.lora_E).to(x.dtype)).flatten(0, -2)
-        return torch.addmm(y.flatten(0, -2), low, self.lora_B.to(x.dtype).T, alpha=self.scale).view_as(y)
+        return added(self, x, y)
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:
-        change = self.scale * (self.lora_B @ (self.lora_A * self.lora_E))
-        return {"weight": (dense.weight.float() + change.to(dense.weight.device)).to(dense.weight.dtype)}
+        return summed(self, dense)
 
     def penalty(self) -> Tensor | None:
         """gamma (|P^T P - I|^2 + |Q Q^T - I|^2) (equation 4); "distances": its share of the mean of all layers'."""

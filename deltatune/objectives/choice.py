@@ -46,6 +46,7 @@ class Choice:
     name = "choice"
     packs = False
     task_head = False
+    continues = True  # what is measured stands behind what rows begin with
 
     def __post_init__(self) -> None:
         pairs = self.labels.items() if isinstance(self.labels, Mapping) else self.labels
@@ -215,7 +216,7 @@ def continued(model: Any, batch: Batch, real: Tensor) -> tuple[Tensor, Projectio
     # no wider than the longest of them: a long text and another row's long answer are not one text
     whole = whole.scatter(2, places, answers.clamp(min=0)).flatten(0, 1)[:, : int(ends.max())]
     mask = (torch.arange(whole.shape[1], device=ids.device) < ends[:, None]).long()
-    inputs = Batch({"input_ids": whole, "attention_mask": mask}, batch.labels)
+    inputs = Batch({"input_ids": whole, "attention_mask": mask}, batch.labels, front=batch.front)
     sequence = torch.arange(rows * count, device=ids.device).view(rows, count, 1).expand_as(real)
     return states_at(model, inputs, (sequence[real], places[real] - 1))
 

@@ -52,6 +52,11 @@ class Cloze:
         return self.labels
 
     @property
+    def continues(self) -> bool:
+        """Whether what is measured stands behind what rows begin with."""
+        return self.masked is False
+
+    @property
     def classes(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.pairs)
 

@@ -158,7 +158,11 @@ def needs_words(model: Any, objective: str) -> None:
 
 
 def run(model: nn.Module, batch: Batch, **more: Any) -> Any:
-    """The model's forward pass over a padded or a packed batch."""
+    """The model's forward pass over a padded or a packed batch; behind a front that is known, over the rest of it."""
+    if batch.front is not None:
+        ids = batch.inputs["input_ids"]
+        inputs = {**batch.inputs, "input_ids": ids[:, batch.front.length :]}
+        return model(**inputs, **more | {"past_key_values": batch.front.of(len(ids)), "use_cache": True})
     if batch.lens is None:
         return model(**batch.inputs, **more)
     inputs = {**batch.inputs, "position_ids": positions(model, batch.lens)}
@@ -178,6 +182,8 @@ def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
 def states_at(model: Any, batch: Batch, at: tuple[Tensor, ...], **more: Any) -> tuple[Tensor, Projection]:
     """The states [n, d] at `at` = (rows [n], positions [n]) of a forward pass, and what makes logits of them."""
     cached = {} if kind_of(model) == "masked" else {"use_cache": False}
+    if batch.front is not None:
+        at = (at[0], at[1] - batch.front.length)
     return states(model, lambda: run(model, batch, **cached, **more), at)
 
 

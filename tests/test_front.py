@@ -1,0 +1,126 @@
+"""What all rows begin with is computed once: the same scores from a fraction of the tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny_tokenizers as tt
+from deltatune import IA3, Choice, Cloze, LoRA, Prefix, SpotTune, activate, predict, rows
+from deltatune.evaluate import cache
+from deltatune.evaluate.incontext import label_scores
+from models import tiny
+from test_combine import shaken
+from test_incontext import LABEL, PLAIN
+
+SHARED = "a long instruction that every row begins with "  # 46 tokens of one letter, and two more of each text
+TEXTS = ["it is", "it is a much longer text", "it", "it was"]
+TOLD = "it was the film " * 12
+WORDS = tt.bert_like("it was the film good bad fine sad , very [MASK]")
+FIELDS = {"max_position_embeddings": 256}
+
+
+class Seen:
+    """The tokens that a model reads."""
+
+    def __init__(self, model):
+        self.count = 0
+        self.handle = model.get_input_embeddings().register_forward_pre_hook(self.add, prepend=True)
+
+    def add(self, _, args):
+        self.count += args[0].numel()
+
+    def since(self) -> int:
+        found, self.count = self.count, 0
+        return found
+
+
+def both(model, monkeypatch, ask):
+    """(what `ask` finds, tokens read) with a front and without."""
+    seen, found = Seen(model), []
+    for least in (20, 10**9):
+        monkeypatch.setattr(cache, "SHARED", least)
+        found.append((ask(), seen.since()))
+    seen.handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "neox", "phi3", "gemma", "mistral", "mamba"])
+def test_labels_score_alike(family, monkeypatch):
+    """Sliding windows (gemma, mistral) and states (mamba) are read whole."""
+    model = tiny(family, **({} if family == "mamba" else {"max_position_embeddings": 128}))
+    texts = [SHARED + text for text in TEXTS]
+    (got, few), (wanted, all_) = both(model, monkeypatch, lambda: label_scores(model, PLAIN, LABEL, texts))
+    assert got == pytest.approx(wanted, abs=2e-5)
+    assert (few < all_ / 2) is (family not in ("gemma", "mistral", "mamba"))
+
+
+OBJECTIVES = {
+    "cloze": Cloze(TOLD + "{text} <mask>", {"pos": ["good", "fine"], "neg": ["bad", "sad"]}),
+    "choice": Choice(TOLD + "{text} <mask>", {"pos": "very good , very fine", "neg": "bad"}),
+}
+METHODS = {
+    "base": None,
+    "lora": LoRA(r=2),
+    "prefix": Prefix(3),
+    "ia3": IA3(),
+    "routed by the first tokens": SpotTune((LoRA(r=2),), pool=4),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_an_objective_says_the_same_of_every_row(objective, method, monkeypatch):
+    model, given = tiny("llama", **FIELDS), ["good film", "it was", "very very bad film was it", "fine"] * 2
+    if method:
+        shaken(model, method, "a", 1)
+    ask = lambda: predict(model, objective, given, tokenizer=WORDS)  # noqa: E731
+    (got, few), (wanted, all_) = both(model, monkeypatch, ask)
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert mine["scores"] == pytest.approx(theirs["scores"], abs=1e-5)
+        assert mine["label"] == theirs["label"]
+    assert few < all_ / 2
+
+
+def test_a_front_is_cut_into_batches_that_fit(monkeypatch):
+    """One row of keys and values at a time, and many, say the same; no batch holds more than its room."""
+    model, given = tiny("llama", **FIELDS), ["good", "bad film", "it was", "film"]
+    ask = lambda: predict(model, OBJECTIVES["cloze"], given, tokenizer=WORDS)  # noqa: E731
+    monkeypatch.setattr(cache, "SHARED", 20)
+    wanted, seen = ask(), []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    monkeypatch.setattr(cache, "MOST_TOKENS", 60)
+    got = ask()
+    assert seen == [1] * 5  # the front, then each row alone
+    assert [g["scores"] for g in got] == [pytest.approx(w["scores"], abs=1e-5) for w in wanted]
+
+
+def test_rows_on_adapters_of_their_own_share_nothing(monkeypatch):
+    model, given = tiny("llama", **FIELDS), ["good", "bad film"]
+    for seed, name in enumerate("ab", 1):
+        shaken(model, LoRA(r=2), name, seed)
+    monkeypatch.setattr(cache, "SHARED", 20)
+    with rows(model, ["a", "b"]):
+        together = predict(model, OBJECTIVES["cloze"], given, tokenizer=WORDS)
+    for i, name in enumerate("ab"):
+        activate(model, name)
+        alone = predict(model, OBJECTIVES["cloze"], given, tokenizer=WORDS)[i]
+        assert together[i]["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+
+
+def test_a_front_stays_as_it_was():
+    """Going on from it, in one row or several, writes nothing into it."""
+    model = tiny("llama", **FIELDS)
+    ids = torch.arange(3, 63)[None]
+    begun = cache.front(model, [tuple(range(3, 63)), tuple(range(3, 65))])
+    assert begun.length == 59
+    kept = [layer.keys.clone() for layer in begun.cache.layers]
+    for count in (1, 3, 1):
+        going = begun.of(count)
+        with torch.no_grad():
+            model(input_ids=ids[:, -1:].expand(count, 1), past_key_values=going, use_cache=True)
+        assert going.get_seq_length() == 60
+    assert all(torch.equal(layer.keys, before) for layer, before in zip(begun.cache.layers, kept, strict=True))
+    assert replace(begun).cache.get_seq_length() == 59

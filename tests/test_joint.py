@@ -1,0 +1,124 @@
+"""Adapters of a batch's rows as one product: what each does alone, and how many products that takes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from deltatune import AdaLoRA, Adapter, DoRA, LoRA, activate, attach, rows
+from deltatune.core.slot import slots
+from models import inputs, tiny
+from test_combine import shaken
+
+FORMS = {
+    "two ranks": (LoRA(r=2), LoRA(r=5, alpha=3.0, scaling="rslora")),
+    "other layers": (LoRA(r=2, targets=("q",)), LoRA(r=2, targets=("q", "v"))),
+    "adalora": (AdaLoRA(r=2), LoRA(r=2)),
+    "pissa": (LoRA(r=2, init="pissa"), LoRA(r=2)),
+    "behind an adapter": ((LoRA(r=2), Adapter(4)), (Adapter(4), LoRA(r=2))),
+    "dora is no product": (DoRA(r=2), LoRA(r=2)),
+}
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "linear")
+        return func(*args, **(kwargs or {}))
+
+
+def logits(model, batch, names):
+    with rows(model, names), torch.no_grad():
+        return model(**batch).logits
+
+
+def asked(model, rows=4):
+    return {k: v for k, v in inputs(model, rows=rows).items() if k != "labels"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])  # phi3: a layer's columns
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_each_row_is_what_it_is_alone(family, form):
+    model = tiny(family)
+    for seed, (name, method) in enumerate(zip("ab", form, strict=True), 1):
+        shaken(model, method, name, seed)
+    batch = asked(model)
+    together = logits(model, batch, ["b", "a", None, "b"])
+    for row, name in enumerate(("b", "a", None, "b")):
+        activate(model, *([name] if name else []))
+        with torch.no_grad():
+            assert torch.allclose(together[row], model(**batch).logits[row], atol=2e-5), name
+
+
+def crowd(method=LoRA, count=8, **fields):
+    model = tiny("llama")
+    for i in range(count):
+        shaken(model, method(r=2, **fields), f"n{i}", i + 1)
+    return model
+
+
+def products(model, names):
+    with rows(model, names), torch.no_grad(), Products() as seen:
+        model(**asked(model, rows=8))
+    return seen.count
+
+
+def test_eight_adapters_take_the_products_of_one():
+    model = crowd()
+    assert products(model, [f"n{i}" for i in range(8)]) == products(model, ["n0", *[None] * 7])
+
+
+@pytest.mark.parametrize(("count", "joined"), [(8, True), (9, False)])
+def test_ranks_that_would_cost_more_than_they_save_run_one_by_one(count, joined):
+    """A layer 32 wide: 64 ranks are multiplied with every row, 72 are not."""
+    model = tiny("llama")
+    for i in range(count):
+        attach(model, LoRA(r=8, targets=("q",)), f"n{i}")
+    with rows(model, [f"n{i}" for i in range(count)]):
+        assert all(bool(slot.joints) is joined for slot in slots(model).values())
+
+
+def test_a_change_of_an_adapter_inside_rows_is_seen():
+    model, names = crowd(count=2), ["n0", "n1"]
+    batch = asked(model, rows=2)
+    with rows(model, names), torch.no_grad():
+        before = model(**batch).logits
+        for name, p in model.named_parameters():
+            if "n1" in name and "lora_B" in name:
+                p.mul_(2)
+        after = model(**batch).logits
+    assert torch.equal(before[0], after[0])
+    assert (before[1] - after[1]).abs().max() > 1e-3
+
+
+def test_gradients_are_those_of_each_alone():
+    model, batch = crowd(count=3).double(), asked(tiny("llama"), rows=3)
+    names = ["n2", "n0", "n1"]
+    own = {n: [p for k, p in model.named_parameters() if f".{n}." in k] for n in names}
+    for p in (p for ps in own.values() for p in ps):
+        p.requires_grad_(True)
+    with rows(model, names):
+        model(**batch).logits.square().sum().backward()
+    for row, name in enumerate(names):
+        activate(model, name)
+        one = {k: v[row : row + 1] for k, v in batch.items()}
+        wanted = torch.autograd.grad(model(**one).logits.square().sum(), own[name])
+        for p, g in zip(own[name], wanted, strict=True):
+            torch.testing.assert_close(p.grad, g, rtol=1e-9, atol=1e-9)
+
+
+def test_in_training_each_draws_its_own_dropout():
+    model = crowd(count=2, dropout=0.5)
+    batch = asked(model, rows=2)
+    with rows(model, ["n0", "n1"]), torch.no_grad():
+        still = model(**batch).logits
+        model.train()
+        first, second = model(**batch).logits, model(**batch).logits
+    assert (first - second).abs().amax((1, 2)).min() > 1e-4
+    assert (first - still).abs().amax((1, 2)).min() > 1e-4
