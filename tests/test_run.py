@@ -385,7 +385,6 @@ REFUSED = [
     ({"train": {"compile": "on"}}, "compile: on is not in this version"),
     ({"train": {"patience": 2}}, "give train.eval_every too"),
     ({"train": {"precision": "fp32"}, "model": {"dtype": "bf16"}}, "mixed precision is not in this version"),
-    ({"data": {"packing": "on"}, "train": ROWS}, "give train.batch_tokens, not batch_rows"),
     ({"data": {"eval": ()}, "train": {"eval_every": 2}}, "give data.eval"),
     ({"objective": {"classify": {}}, "eval": {"shots": 2}}, "which only sft has"),
 ]
