@@ -289,8 +289,7 @@ def checked(draft: Draft) -> list[Problem]:
         problems += blocks.method_problems(draft.data["method"], ("method",))
     if draft.data.get("objective") is not None:
         problems += blocks.objective_problems(draft.data["objective"], ("objective",))
-        if not problems:
-            method = draft.data.get("method") or [{"lora": {}}]
+        if not problems and (method := draft.data.get("method")):  # without one, an adapter that is there may have them
             problems += blocks.soft_problems(method, draft.data["objective"], ("objective",))
     problems += blocks.preset_problems(listed(draft.data.get("presets")), ("presets",))
     data = draft.data.get("data")

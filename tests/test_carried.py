@@ -19,6 +19,7 @@ from deltatune.data.wanted import Intake
 from deltatune.evaluate.asking import asking, recorded
 from deltatune.evaluate.generate import Decoding
 from deltatune.objectives.common import load as load_base
+from deltatune.train.opening import model_config
 from deltatune.train.run import run
 from models import tiny
 
@@ -73,7 +74,7 @@ def test_a_classifier_is_exported_and_merged_with_one_command_each(made, tmp_pat
     assert record_in(tmp_path / "two") == record
     row = lines(call("predict", "--adapter", tmp_path / "two", '{"subject": "good"}').stdout)
     assert set(row[0]["scores"]) == {"pos", "neg"}
-    base = load_base("AutoModelForSequenceClassification", made / "bert", num_labels=2)
+    base = load_base("AutoModelForSequenceClassification", made / "bert", model_config(made / "bert"), num_labels=2)
     ours = PeftModel.from_pretrained(base, str(tmp_path / "e")).eval()
     ids = hf.AutoTokenizer.from_pretrained(made / "bert")(json.loads(
         (made / "mail.jsonl").read_text().splitlines()[0])["subject"], return_tensors="pt")  # fmt: skip

@@ -40,7 +40,8 @@ class Wanted:
         """The fault of a row without the column that is learned."""
         name, names = self.answer[0], [str(column) for column in have]
         like = more or nearest(name, names, 0.6)
-        reason = f"it is what the objective learns, and this row does not have it (columns {', '.join(names)})"
+        seen = f" (columns {', '.join(names)})" if names else ""
+        reason = f"it is what the objective learns, and this row does not have it{seen}"
         fix = f"Add it.{like} Name yours: data.columns: {{yours: {name}}}"
         return BadRow("missing_field", where, name, reason, fix)
 
