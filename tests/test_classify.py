@@ -73,7 +73,7 @@ def test_one_label_of_several_is_a_list_of_one():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="f:2: \[missing_field\] label: it is what the objective learns"):
+    with pytest.raises(ValueError, match=r"f:2: \[missing_field\] label: it is what the objective learns"):
         Classify().fit([example("x"), example(None, "f:2")])
     with pytest.raises(ValueError, match=r"f:2: a list of labels|f:2: the row has a list of labels"):
         Classify("single").fit([example("x"), example(("x", "y"), "f:2")])

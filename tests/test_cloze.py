@@ -115,7 +115,7 @@ def test_words_that_cannot_work_are_named(words, labels, said):
 def test_classes_without_words_and_rows_without_labels_are_named():
     with pytest.raises(ValueError, match="no words for the class 'odd'"):
         Cloze("{text} <mask>", LABELS).fit([row(), row("x", "odd")])
-    with pytest.raises(ValueError, match="f:1: \[missing_field\] label: it is what the objective learns"):
+    with pytest.raises(ValueError, match=r"f:1: \[missing_field\] label: it is what the objective learns"):
         Cloze().fit([Example("f:1", text="a")])
     assert Cloze("{text} <mask>").fit([row(), row("x", "neg")]).classes == ("neg", "pos")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from deltatune import blocks
 from deltatune.commands.runs import read_json
-from deltatune.config import READ, Config
+from deltatune.config import READ, Config, ConfigError
 from deltatune.core.manifest import CONFIG, MANIFEST
 
 HEADS = ("classify", "tag", "qa")  # objectives whose models have a task head, and no words
@@ -37,9 +37,11 @@ def rows_there(refs: Sequence[str], how: Any, most: int | None = None) -> None:
 
 
 def run_there(config: Config) -> None:
-    """ValueError where a run's model or rows are not there, or its rows cannot be used."""
+    """ValueError where a run's model or rows are not there, its rows cannot be used, or its methods do not fit."""
     from deltatune.data.wanted import Intake
 
+    if problems := blocks.soft_problems(config.method, config.objective, ("objective",)):  # of a default method too
+        raise ConfigError(problems)
     model_there(config.model.name)
     data = config.data
     refs = [*data.train, *data.eval, *(ref for named in data.ood.values() for ref in named)]
