@@ -185,6 +185,8 @@ class Train(Section):
     """Compile the blocks."""
     checkpoint_gradients: Switch = "auto"
     """Recompute activations in the backward pass to save memory."""
+    cache_activations: Switch = "auto"
+    """Compute what frozen blocks below everything that trains make of a row once for all epochs."""
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "adafactor", "adafactor-relative"] = "adamw"
     """adafactor-relative finds its own step size and takes neither lr nor schedule."""
     neftune: Amount = 0.0

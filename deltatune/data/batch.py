@@ -32,6 +32,7 @@ class Batch:
     reading: tuple[Reading | None, ...] = ()
     prompts: int = 1  # so many copies of each row side by side, each with a prompt of its own
     combine: str = "vote"
+    known: Any = None  # a context in which the model knows what its frozen blocks make of these rows (train.known)
     front: Any = None  # what all rows begin with, where its keys and values are known (evaluate.cache.Front)
 
     @property

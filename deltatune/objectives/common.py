@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -163,11 +163,12 @@ def run(model: nn.Module, batch: Batch, **more: Any) -> Any:
         ids = batch.inputs["input_ids"]
         inputs = {**batch.inputs, "input_ids": ids[:, batch.front.length :]}
         return model(**inputs, **more | {"past_key_values": batch.front.of(len(ids)), "use_cache": True})
-    if batch.lens is None:
-        return model(**batch.inputs, **more)
-    inputs = {**batch.inputs, "position_ids": positions(model, batch.lens)}
-    with packed(batch.lens):
-        return model(**inputs, **more)
+    with batch.known() if batch.known else nullcontext():
+        if batch.lens is None:
+            return model(**batch.inputs, **more)
+        inputs = {**batch.inputs, "position_ids": positions(model, batch.lens)}
+        with packed(batch.lens):
+            return model(**inputs, **more)
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:

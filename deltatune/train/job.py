@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ from .sampler import Sampler
 from .sets import SAMPLE, intake, read, read_sets, streamed, tasks
 from .streaming import Flow, Source
 
+if TYPE_CHECKING:
+    from .known import Known
+
 ADAPTER = "default"
 HEARS = ("classify", "sft")  # the objectives that take rows of pictures and sounds
 SELDOM = r"(pooler|head|classifier|score|embed|wte|wpe|rows)"  # keys without a gradient in many a batch
@@ -71,6 +74,7 @@ class Job:
     sizes: list[int] = field(default_factory=list)  # rows of each training set, where they are mixed
     fresh: bool = True  # the adapter was attached for this run, untrained
     kept: dict[tuple[int, Encoding], tuple[Example, list[Encoded]]] = field(default_factory=dict)  # of `measured`
+    known: Known | None = None  # what the frozen blocks make of the rows
     processor: Any = None  # of pictures or sounds; None: the one that lies beside the model
 
     @property
@@ -131,7 +135,12 @@ class Job:
         """step -> its micro-batches as tensors."""
         if isinstance(sampler, Flow):
             return lambda step: [self.batch(rows) for rows in sampler(step)]
-        return lambda step: [self.batch([self.rows[i] for i in group]) for group in sampler(step)]
+        return lambda step: [self.grouped(group) for group in sampler(step)]
+
+    def grouped(self, group: Sequence[int]) -> Batch:
+        """The training rows of these numbers, with what is known of them."""
+        batch = self.batch([self.rows[i] for i in group])
+        return self.known.of(group, batch) if self.known else batch
 
     def steps(self, sampler: Sampler | Flow) -> int:
         """Optimizer steps of the whole run; part of an epoch counts in proportion."""
@@ -363,6 +372,7 @@ def in_training(job: Job) -> Iterator[None]:
     try:
         yield
     finally:
+        job.known = None
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         if job.recompute and not recomputed:
             job.model.activation_checkpointing_disable()

@@ -32,6 +32,7 @@ from .folder import Finished, base_of, claimed, environment, finish, verified, w
 from .guard import GuardStop, Interrupted, Stop, VerificationError, signals
 from .identity import demand_same, rows_will_change
 from .job import Job, from_model, in_training, prepare
+from .known import reuse
 from .lasting import lasting
 from .loop import Loop, Settings, Step
 from .place import Run, finished, place
@@ -197,6 +198,7 @@ def execute(job: Job, folder: Path, clock: Clock) -> Run:
                 learn_from_rows(job)
             with stoppable() as stop, clock.phase("before", job.notes):
                 opened = opening(job, folder, store)
+            reuse(job)
             loop = make_loop(job, store, clock.observers)
             remarks = [*job.notes[told:], *(str(check) for check in opened.checks if check.ok is None)]
             row = verify.sample_row(job)
