@@ -234,7 +234,8 @@ def virtual(methods_: Sequence[Any]) -> int:
     """How many virtual tokens the methods put into a text, those inside others too."""
     count = 0
     for block in methods_:
-        ((name, given),) = block.items()
+        ((name, said),) = block.items()
+        given = said or {}
         for field, about in methods()[name].get("fields", {}).items():
             value = given.get(field, about.get("default"))
             if about.get("methods"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -130,3 +132,15 @@ def test_only_the_first_row_is_read_where_it_can_be_used(tmp_path):
         look(file, Intake(wanted=WANTS["classify"]), most=2)
     look(file, Intake(wanted=WANTS["classify"], asks=True))
     look("-", Intake(wanted=WANTS["classify"]))  # standard input can be read once
+
+
+def test_a_pipe_is_left_to_the_one_who_reads_it(tmp_path):
+    """A first look would take its rows away."""
+    pipe = tmp_path / "rows.jsonl"
+    os.mkfifo(pipe)
+    looked = threading.Thread(target=look, args=(str(pipe), Intake()), daemon=True)
+    looked.start()
+    looked.join(10)
+    assert not looked.is_alive()
+    with pytest.raises(ValueError, match="gone.jsonl"):
+        look(str(tmp_path / "gone.jsonl"), Intake())

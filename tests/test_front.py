@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny_tokenizers as tt
-from deltatune import IA3, Choice, Cloze, LoRA, Prefix, SpotTune, activate, predict, rows
+from deltatune import IA3, Choice, Cloze, Gate, LoRA, Prefix, SpotTune, activate, disabled, predict, rows
 from deltatune.evaluate import cache
 from deltatune.evaluate.incontext import label_scores
 from models import tiny
@@ -67,6 +67,7 @@ METHODS = {
     "prefix": Prefix(3),
     "ia3": IA3(),
     "routed by the first tokens": SpotTune((LoRA(r=2),), pool=4),
+    "gated": Gate((LoRA(r=2),), pool=8),
 }
 
 
@@ -82,6 +83,21 @@ def test_an_objective_says_the_same_of_every_row(objective, method, monkeypatch)
         assert mine["scores"] == pytest.approx(theirs["scores"], abs=1e-5)
         assert mine["label"] == theirs["label"]
     assert few < all_ / 2
+
+
+LATE = {
+    "a gate over more tokens than rows share": Gate((LoRA(r=2),), pool=60),
+    "a policy that draws": SpotTune((LoRA(r=2),), pool=4, sample=True),
+}
+
+
+@pytest.mark.parametrize("method", LATE.values(), ids=LATE)
+def test_what_decides_by_more_than_rows_share_sees_each_row_whole(method, monkeypatch):
+    model = shaken(tiny("llama", **FIELDS), method, "a", 1)
+    monkeypatch.setattr(cache, "SHARED", 20)
+    assert cache.front(model, [tuple(range(3, 53)), (*range(3, 50), 1, 2)]) is None
+    with disabled(model):
+        assert cache.front(model, [tuple(range(3, 53)), (*range(3, 50), 1, 2)]).length == 47
 
 
 def test_a_front_is_cut_into_batches_that_fit(monkeypatch):

@@ -122,3 +122,21 @@ def test_in_training_each_draws_its_own_dropout():
         first, second = model(**batch).logits, model(**batch).logits
     assert (first - second).abs().amax((1, 2)).min() > 1e-4
     assert (first - still).abs().amax((1, 2)).min() > 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_in_one_adapter_stays_in_its_own_rows(value):
+    model, batch = crowd(count=2), asked(tiny("llama"), rows=2)
+    wanted = logits(model, batch, ["n0", "n1"])
+    with torch.no_grad():
+        [p for k, p in model.named_parameters() if ".n1." in k and "lora_B" in k][-1][0, 0] = value
+    found = logits(model, batch, ["n0", "n1"])
+    assert torch.allclose(found[0], wanted[0], atol=1e-5)
+    assert not found[1].isfinite().all()
+
+
+def test_inference_tensors_are_not_kept():
+    with torch.inference_mode():
+        model = crowd(count=2)
+        batch = asked(model, rows=2)
+        assert logits(model, batch, ["n0", "n1"]).isfinite().all()

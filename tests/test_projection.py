@@ -194,3 +194,51 @@ def test_a_trained_head_gets_its_gradient():
     F.cross_entropy(logits, torch.tensor([8, 9, 10]), reduction="sum").backward()
     torch.testing.assert_close(ours, model.lm_head.weight.grad, rtol=1e-4, atol=1e-6)
     assert isinstance(states_at(model, batch, (torch.tensor([0]), torch.tensor([1])))[1], Projection)
+
+
+class Capped(torch.nn.Module):
+    """A llama whose logits are capped at 30, as its configuration does not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = tiny("llama")
+        self.config, self.get_output_embeddings = self.inner.config, self.inner.get_output_embeddings
+
+    def forward(self, **given):
+        out = self.inner(**given)
+        return type(out)(logits=30 * torch.tanh(out.logits / 30))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_that_nothing_tells_is_found_where_logits_are_small(dtype):
+    model = Capped().to(dtype).eval()
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        assert model(input_ids=ids).logits.abs().max() < 7  # where a cap of 30 changes less than 2 %
+    assert not projection.settled(model, lambda: model(input_ids=ids))
+    assert projection.settled(model.inner, lambda: model.inner(input_ids=ids))
+
+
+def test_the_question_leaves_no_trace_and_has_one_answer():
+    """In training or not, with an adapter on the head that drops out or not: a resumed run asks elsewhere."""
+    model = attach(tiny("llama"), LoRA(r=2, targets=("lm_head",), dropout=0.5))
+    ids = torch.arange(3, 13)[None]
+    for training in (True, False):
+        model.train(training)
+        projection.SETTLED.pop(model, None)
+        before = torch.random.get_rng_state()
+        assert projection.settled(model, lambda: model(input_ids=ids))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        assert all(module.training is training for module in model.modules())
+
+
+def test_a_changed_configuration_is_asked_again():
+    model = tiny("gemma")
+    ids = torch.arange(3, 13)[None]
+    assert projection.settled(model, lambda: model(input_ids=ids))
+    model.config.final_logit_softcapping = 3.0
+    assert projection.settled(model, lambda: model(input_ids=ids))
+    assert projection.told(model).cap == 3.0
+    rows, at = torch.zeros(2, dtype=torch.long), torch.tensor([3, 4])
+    found, how = projection.states(model, lambda: model(input_ids=ids), (rows, at))
+    torch.testing.assert_close(how.logits(found), model(input_ids=ids).logits[0, 3:5], rtol=0, atol=1e-5)

@@ -84,6 +84,7 @@ class Delta(nn.Module):
     alone = ""  # why a batch's rows cannot hear this delta or not, one by one; "" where they can
     unpruned = ""  # why its matrices cannot be pruned before training; "" where they can
     dropout = 0.0  # of what it reads, in training
+    waits: float = 0  # for so many of a text's first tokens, before it decides about them; inf: all, or it draws
     tied = False  # True: merging into a weight that other layers share is what is meant
     site: Site  # where attach put this delta
     tap: Any = None  # a span's reading end
@@ -204,7 +205,7 @@ class Wrapped(Delta):
 
     def __init__(self, inner: Delta):
         super().__init__()
-        self.inner = inner
+        self.inner, self.waits = inner, inner.waits
         self.rates = {f"inner.{name}": rate for name, rate in inner.rates.items()}
         self.conditional = inner.conditional
 

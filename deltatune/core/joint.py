@@ -45,37 +45,41 @@ class Joint:
     def __init__(self, parts: Sequence[tuple[str, Delta]], rows: Mapping[str, Tensor], count: int):
         self.parts, self.rows, self.count = parts, rows, count
         self.columns: tuple[Range, ...] | None = parts[0][1].site.columns
-        self.kept: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
+        self.kept: tuple[Any, tuple[Tensor, Tensor, Tensor] | None] | None = None
 
-    @property
-    def drops(self) -> bool:
-        """Whether each adapter must draw its own dropout now."""
-        return any(delta.dropout and delta.training for _, delta in self.parts)
-
-    def __call__(self, x: Tensor, y: Tensor, by_row: Any) -> Tensor:
-        """x [*, d_in], y [*, d_out]; `by_row` splits the first axis into `count` rows."""
-        a, b, own = self.factors(x)
+    def __call__(self, x: Tensor, y: Tensor, by_row: Any) -> Tensor | None:
+        """x [*, d_in], y [*, d_out]; `by_row` splits the first axis into `count` rows. None where each adapter must run
+        alone now: it draws a dropout of its own, or has values that are no numbers, which are for its own rows."""
+        if any(delta.dropout and delta.training for _, delta in self.parts):
+            return None
+        if (found := self.factors(x)) is None:
+            return None
+        a, b, own = found
         low = by_row(F.linear(x, a), self.count)
-        low = (low * own.view(self.count, *[1] * (low.dim() - 2), -1)).flatten(0, -2)
+        # not a product with 0: what overflows for another row's adapter stays out
+        low = torch.where(own.view(self.count, *[1] * (low.dim() - 2), -1), low, low.new_zeros(())).flatten(0, -2)
         part = take(y, self.columns)
         return put(y, self.columns, torch.addmm(part.flatten(0, -2), low, b.T).view_as(part))
 
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """(A [r, d_in], s B [d_out, r], each row's own of r [count, r]), kept while no gradient is recorded."""
-        now = (x.dtype, x.device, *((id(p), p._version) for _, d in self.parts for p in d.parameters()))
-        if torch.is_grad_enabled():
+        params = [p for _, d in self.parts for p in d.parameters()]
+        if torch.is_grad_enabled() or any(p.is_inference() for p in params):
             self.kept = None
             return self.made(x)
+        now = (x.dtype, x.device, *((p.data_ptr(), p._version) for p in params))
         if self.kept is None or self.kept[0] != now:
             self.kept = (now, self.made(x))
         return self.kept[1]
 
-    def made(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def made(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         found = [(name, low) for name, delta in self.parts if (low := delta.low_rank())]
-        own = x.new_zeros(self.count, sum(len(a) for _, (a, _, _) in found))
+        if not all(bool(t.isfinite().all()) for _, (a, b, _) in found for t in (a, b)):
+            return None
+        own = torch.zeros(self.count, sum(len(a) for _, (a, _, _) in found), dtype=torch.bool, device=x.device)
         at = 0
         for name, (a, _, _) in found:
-            own[self.rows[name].to(x.device), at : at + len(a)] = 1
+            own[self.rows[name].to(x.device), at : at + len(a)] = True
             at += len(a)
         down, up = [a for _, (a, _, _) in found], [scale * b for _, (_, b, scale) in found]
         return torch.cat(down).to(x.dtype), torch.cat(up, 1).to(x.dtype), own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any
@@ -218,6 +219,7 @@ class Policy(Delta):
         self.blocks, self.now, self.first, self.settings = blocks, now, first, settings
         self.rates = {name: settings.policy_ratio for name, _ in self.named_parameters()}
         self.seen, self.tuned = 0, torch.zeros(len(blocks), dtype=torch.float64)
+        self.waits = math.inf if settings.sample or first is None else first
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         if not self.now.past:  # a cached sequence keeps what was decided at its start

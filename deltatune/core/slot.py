@@ -118,10 +118,13 @@ class Slot(nn.ModuleDict):
         )
 
     def post(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        dropping = [part for joint in self.joints if joint.drops for part in joint.parts]
+        apart: list[Running] = []
         for joint in self.joints:
-            y = y if joint.drops else joint(args[0], y, by_row)
-        for name, delta in (*dropping, *self.afters):
+            if (together := joint(args[0], y, by_row)) is None:
+                apart += joint.parts
+            else:
+                y = together
+        for name, delta in (*apart, *self.afters):
             source = delta.tap.read(delta.site.read) if delta.tap else args[0]
             part = take(y, delta.site.columns)
             part = self.on_rows(name, part, lambda p, s, d=delta: d.after(layer, s, p), source)

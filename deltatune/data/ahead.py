@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from .formats import examples
 from .problems import BadRow, Problems
 from .sources import files, is_hub, task_of
@@ -13,6 +15,9 @@ def look(ref: str, how: Intake, most: int | None = None) -> None:
     is listed, of the first `most`. What has to be fetched or piped in is not looked at."""
     _, file = task_of(ref)
     if file == "-" or file.startswith("pypi:") or is_hub(file):
+        return
+    path = Path(file).expanduser()
+    if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe can be read but once
         return
     problems = Problems()
     files(file, problems)

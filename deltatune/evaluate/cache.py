@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..core.attach import running
+from ..core.slot import deltas
 from ..core.state import STATE, State
 
 SHARED = 48  # tokens: from here on a common beginning (an instruction, demonstrations) is computed once for all rows
@@ -127,7 +129,8 @@ def shared(model: Any, rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows begin with, where computing them once pays and is exact; else 0.
 
     Padding then stands between the common beginning and each row's own part, which a sliding window would count; and
-    rows on different adapters do not share a cache.
+    rows on different adapters do not share a cache. Nor do rows about which something decides by more of their tokens
+    than they have in common.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     state: State | None = getattr(model, STATE, None)
@@ -136,4 +139,5 @@ def shared(model: Any, rows: Sequence[Sequence[int]]) -> int:
     most = min(map(len, rows)) - 1  # every row keeps a token of its own to start from
     first, last = min(map(tuple, rows)), max(map(tuple, rows))
     same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), most)
-    return min(same, most) if min(same, most) >= SHARED else 0
+    waits = max((delta.waits for name in running(model) for delta in deltas(model, name)), default=0)
+    return min(same, most) if min(same, most) >= max(SHARED, waits) else 0

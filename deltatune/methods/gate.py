@@ -61,6 +61,7 @@ class Gated(Wrapped):
     def __init__(self, inner: Delta, width: int, how: tuple[Now, int | None, str]):
         super().__init__(inner)
         self.gate, (self.now, self.first, self.per), self.held = nn.Linear(width, 1), how, Now()
+        self.waits = 0 if self.per == "token" and type(self) is Gated else self.first or float("inf")
 
     def weigh(self, x: Tensor, per: str) -> Tensor:
         """x [..., seq, d] -> [..., seq, 1] per token, else [sequences, 1], kept while a sequence is generated."""
@@ -86,8 +87,7 @@ class Front(Gated):
     """[g P_k; K] and [g P_v; V]: the prefix's keys and values scaled, one gate per sequence."""
 
     def look(self, layer: nn.Module, given: tuple[tuple, Mapping[str, Any]], pick: Callable[[Tensor], Tensor]) -> None:
-        args, kwargs = given
-        self.weigh(pick(args[0] if args else kwargs["hidden_states"]), "sequence")
+        self.weigh(pick(given[0][0] if given[0] else given[1]["hidden_states"]), "sequence")
         self.row = 0
 
     def attend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

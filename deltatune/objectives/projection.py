@@ -24,6 +24,8 @@ from ..core.site import output_layer
 CHUNK = 1 << 24  # logits held at a time: 64 MiB in fp32; fewer multiply slower, more fall out of the caches
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-5}  # relative; the logits of half precision differ by its rounding
 COARSE = 2e-2
+SHOWN, ENLARGED = 4, 50.0  # states that show how logits are finished
+CAPS = ("final_logit_softcapping", "logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 # ---- what a family does to its logits --------------------------------------------------------------------------------
@@ -60,23 +62,51 @@ def told(model: Any) -> Finish:
     bias = getattr(model, "final_logits_bias", None)
     return Finish(
         float(scale or 1.0) / float(divisor or 1.0),
-        getattr(config, "final_logit_softcapping", None) or getattr(config, "logit_softcapping", None),
+        next((cap for name in CAPS if (cap := getattr(config, name, None))), None),
         None if bias is None or not bool(bias.any()) else bias.detach().float().view(-1),
     )
 
 
-FINISHES: WeakKeyDictionary[nn.Module, Finish | None] = WeakKeyDictionary()
+SETTLED: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
-def finish_of(model: Any, state: Tensor, logits: Tensor) -> Finish | None:
-    """The model's finish, if it is what made `logits` of `state` [..., d]; None: something else does. Kept."""
+def settled(model: Any, call: Callable[[], Any]) -> bool:
+    """Whether `told` is all that the model does to its logits, asked of the model itself: in evaluation mode and beside
+    every random number, so that it is the same whenever it is asked. Kept until the configuration or the head changes.
+
+    A cap leaves small logits almost as they are: the head is shown its first states enlarged too.
+    """
     head, finish = output_layer(model), told(model)
-    with torch.no_grad():
-        ours, theirs = finish(head(state)), exact(logits)
-        near = CLOSE.get(logits.dtype, COARSE) * theirs.abs().amax().clamp(min=1e-6)
-        same = ours.shape == theirs.shape and bool((ours - theirs).abs().amax() <= near)
-    FINISHES[model] = finish if same else None
-    return FINISHES[model]
+    facts = (finish.scale, finish.cap, finish.bias is None, id(head), next(head.parameters()).dtype)
+    if model not in SETTLED or SETTLED[model][0] != facts:
+        with undisturbed(model), taken(head, enlarged) as found:
+            theirs = call().logits
+            shown = enlarged(found[0])
+            ours = finish(head(shown))
+        near = CLOSE.get(theirs.dtype, COARSE) * exact(theirs).abs().amax().clamp(min=1e-6)
+        same = ours.shape == theirs.shape and bool((ours - exact(theirs)).abs().amax() <= near)
+        SETTLED[model] = (facts, same)
+    return SETTLED[model][1]
+
+
+def enlarged(states: Tensor) -> Tensor:
+    """[rows, up to 2 SHOWN, d]: the first states as they are, and so large that a cap would show."""
+    first = states[:, :SHOWN]
+    return torch.cat([first, ENLARGED * first], 1)
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Without gradients, dropout or a trace in the random numbers."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 # ---- the states ------------------------------------------------------------------------------------------------------
@@ -103,28 +133,25 @@ class Projection:
 def states(model: Any, call: Callable[[], Any], at: tuple[Tensor, ...]) -> tuple[Tensor, Projection]:
     """The states [n, d] at `at` = (rows [n], positions [n]) of the forward pass `call()`, and what projects them.
 
-    The model's own logits are left out but for one position of the first pass, which shows whether we finish logits as
-    the model does; where we do not, its own logits take the place of the states.
+    The model's own logits are left out; where we do not finish logits as the model does, they take the place of the
+    states.
     """
+    if not settled(model, call):
+        return call().logits[at], Projection(None, Finish())
     head = output_layer(model)
-    if FINISHES.get(model, Finish()) is None:
-        return call().logits[at], Projection(None, Finish())
-    shown = 0 if model in FINISHES else 1
-    with taken(head, shown) as found:
-        out = call()
-    if shown and finish_of(model, found[0][:, :1], out.logits) is None:
-        return call().logits[at], Projection(None, Finish())
-    return found[0][at], Projection(head, FINISHES[model] or Finish())
+    with taken(head, lambda states: states[:, :0]) as found:
+        call()
+    return found[0][at], Projection(head, told(model))
 
 
 @contextmanager
-def taken(head: nn.Module, shown: int) -> Iterator[list[Tensor]]:
-    """What `head` is called with inside, [rows, seq, d]; it multiplies the first `shown` positions alone."""
+def taken(head: nn.Module, shown: Callable[[Tensor], Tensor]) -> Iterator[list[Tensor]]:
+    """What `head` is called with inside, [rows, seq, d]; it multiplies what `shown` makes of it."""
     found: list[Tensor] = []
 
     def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         found.append(args[0])
-        return (args[0][:, :shown], *args[1:])
+        return (shown(args[0]), *args[1:])
 
     handle = head.register_forward_pre_hook(take, prepend=True)
     try:
