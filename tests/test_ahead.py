@@ -142,5 +142,5 @@ def test_a_pipe_is_left_to_the_one_who_reads_it(tmp_path):
     looked.start()
     looked.join(10)
     assert not looked.is_alive()
-    with pytest.raises(ValueError, match="gone.jsonl"):
+    with pytest.raises(ValueError, match=r"gone\.jsonl"):
         look(str(tmp_path / "gone.jsonl"), Intake())

@@ -106,6 +106,8 @@ JOBS = {
     "template-t5": (
         "t5", "words",
         {"method": {"prompt": {"length": 2}}, "objective": {"sft": {"template": "<soft>{prompt}<soft>"}}}, 1),
+    "dropout-head": (  # what is asked of the model before its first loss is asked elsewhere on resume
+        "chat", "pair", {"method": {"lora": {"r": 4, "dropout": 0.3, "targets": ["q", "lm_head"]}}}, None),
     "prompts-packed": (
         "chat", "chat",
         {"method": {"prompt": {"length": 2, "count": 2}}, "train": {"batch_rows": None, "batch_tokens": 400}}, 1),
