@@ -126,9 +126,9 @@ def test_all_prompts_of_a_row_share_one_forward_pass_and_one_loss(tmp_path):
     model, rows = t.masked_model(tmp_path / "m"), t.label_rows(tmp_path / "rows.jsonl", 8)
     objective = {"cloze": {"labels": {"pos": ["good"], "neg": ["bad"]}}}
     job = prepare(t.config(model, rows, method={"prompt": {"length": 2, "count": 3}}, objective=objective))
-    calls = []
+    calls, batch = [], job.batch(job.rows[:4])
+    job.objective.parts(job.model, batch)  # the first pass of a model asks how it finishes its logits
     job.model.bert.register_forward_pre_hook(lambda m, args: calls.append(len(args[0])))
-    batch = job.batch(job.rows[:4])
     assert (batch.prompts, batch.targets) == (3, 12)
     loss = float(job.objective.loss(job.model, batch)[0].detach()) / batch.targets
     assert len(job.objective.parts(job.model, batch)) == 4
