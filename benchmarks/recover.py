@@ -246,29 +246,29 @@ def seen(store: Store, name: str, tasks: Sequence[str], lr: float) -> list[float
 
 def leader(store: Store, name: str, task: str) -> tuple[float, int] | None:
     """The rate with the best mean dev score so far, and how many seeds it has; None: some rate has no run yet."""
-    tasks = together(store, name, task)
-    scores = {lr: seen(store, name, tasks, lr) for lr in rates(store, name)}
+    scores = standing(store, name, task)
     if not all(scores.values()):
         return None
-    best = max(scores, key=lambda lr: upwards(store, tasks) * sum(scores[lr]) / len(scores[lr]))
+    best = foremost(store, scores, together(store, name, task))
     return best, len(scores[best])
 
 
 def beaten(store: Store, cell: Cell) -> bool:
     """Whether another rate has the better mean dev score by now."""
-    tasks = together(store, cell.method, cell.task)
-    means = {lr: np.mean(found) for lr in rates(store, cell.method) if (found := seen(store, cell.method, tasks, lr))}
-    return cell.lr in means and max(means, key=lambda lr: upwards(store, tasks) * means[lr]) != cell.lr
+    scores = {lr: found for lr, found in standing(store, cell.method, cell.task).items() if found}
+    return cell.lr in scores and foremost(store, scores, together(store, cell.method, cell.task)) != cell.lr
 
 
-def rates(store: Store, name: str) -> list[float]:
-    """The learning rates of a method's sweep."""
-    return list(store.table["methods"][name]["lr"])
+def standing(store: Store, name: str, task: str) -> dict[float, list[float]]:
+    """Each rate's dev scores so far, of one seed after the other."""
+    tasks = together(store, name, task)
+    return {lr: seen(store, name, tasks, lr) for lr in store.table["methods"][name]["lr"]}
 
 
-def upwards(store: Store, tasks: Sequence[str]) -> int:
-    """1 where a higher score is better, -1 for errors."""
-    return 1 if all(find(store.table["tasks"][t]["metric"]).higher_is_better for t in tasks) else -1
+def foremost(store: Store, scores: dict[float, list[float]], tasks: Sequence[str]) -> float:
+    """The rate with the best mean, the highest or, for errors, the lowest."""
+    sign = 1 if all(find(store.table["tasks"][t]["metric"]).higher_is_better for t in tasks) else -1
+    return max(scores, key=lambda lr: sign * sum(scores[lr]) / len(scores[lr]))
 
 
 def best_lr(store: Store, name: str, task: str) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -77,8 +78,7 @@ def test_an_objective_says_the_same_of_every_row(objective, method, monkeypatch)
     model, given = tiny("llama", **FIELDS), ["good film", "it was", "very very bad film was it", "fine"] * 2
     if method:
         shaken(model, method, "a", 1)
-    ask = lambda: predict(model, objective, given, tokenizer=WORDS)  # noqa: E731
-    (got, few), (wanted, all_) = both(model, monkeypatch, ask)
+    (got, few), (wanted, all_) = both(model, monkeypatch, lambda: predict(model, objective, given, tokenizer=WORDS))
     for mine, theirs in zip(got, wanted, strict=True):
         assert mine["scores"] == pytest.approx(theirs["scores"], abs=1e-5)
         assert mine["label"] == theirs["label"]
@@ -103,7 +103,7 @@ def test_what_decides_by_more_than_rows_share_sees_each_row_whole(method, monkey
 def test_a_front_is_cut_into_batches_that_fit(monkeypatch):
     """One row of keys and values at a time, and many, say the same; no batch holds more than its room."""
     model, given = tiny("llama", **FIELDS), ["good", "bad film", "it was", "film"]
-    ask = lambda: predict(model, OBJECTIVES["cloze"], given, tokenizer=WORDS)  # noqa: E731
+    ask = partial(predict, model, OBJECTIVES["cloze"], given, tokenizer=WORDS)
     monkeypatch.setattr(cache, "SHARED", 20)
     wanted, seen = ask(), []
     model.model.layers[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))

@@ -13,9 +13,7 @@ from .delta import Delta, Dense
 from .site import Range, put, take
 
 LEAST = 64  # summed ranks that are always multiplied as one
-SHARE = (
-    8  # of the layer's narrower side: what is multiplied for other rows' adapters stays below a quarter of the layer
-)
+SHARE = 8  # of the layer's narrower side: other rows' adapters then cost less than a quarter of the layer
 
 
 def added(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
@@ -45,6 +43,7 @@ class Joint:
     def __init__(self, parts: Sequence[tuple[str, Delta]], rows: Mapping[str, Tensor], count: int):
         self.parts, self.rows, self.count = parts, rows, count
         self.columns: tuple[Range, ...] | None = parts[0][1].site.columns
+        self.params = [p for _, delta in parts for p in delta.parameters()]
         self.kept: tuple[Any, tuple[Tensor, Tensor, Tensor] | None] | None = None
 
     def __call__(self, x: Tensor, y: Tensor, by_row: Any) -> Tensor | None:
@@ -63,11 +62,10 @@ class Joint:
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """(A [r, d_in], s B [d_out, r], each row's own of r [count, r]), kept while no gradient is recorded."""
-        params = [p for _, d in self.parts for p in d.parameters()]
-        if torch.is_grad_enabled() or any(p.is_inference() for p in params):
+        if torch.is_grad_enabled() or any(p.is_inference() for p in self.params):
             self.kept = None
             return self.made(x)
-        now = (x.dtype, x.device, *((p.data_ptr(), p._version) for p in params))
+        now = (x.dtype, x.device, *((p.data_ptr(), p._version) for p in self.params))
         if self.kept is None or self.kept[0] != now:
             self.kept = (now, self.made(x))
         return self.kept[1]

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from ..core.delta import SLOT
 from ..core.site import output_layer
+from ..core.vocabulary import unseeded
+from ..evaluate.generate import evaluating
 
 CHUNK = 1 << 24  # logits held at a time: 64 MiB in fp32; fewer multiply slower, more fall out of the caches
 CLOSE = {torch.float32: 1e-5, torch.float64: 1e-5}  # relative; the logits of half precision differ by its rounding
@@ -79,7 +81,7 @@ def settled(model: Any, call: Callable[[], Any]) -> bool:
     head, finish = output_layer(model), told(model)
     facts = (finish.scale, finish.cap, finish.bias is None, id(head), next(head.parameters()).dtype)
     if model not in SETTLED or SETTLED[model][0] != facts:
-        with undisturbed(model), taken(head, enlarged) as found:
+        with evaluating(model), unseeded(model), torch.no_grad(), taken(head, enlarged) as found:
             theirs = call().logits
             shown = enlarged(found[0])
             ours = finish(head(shown))
@@ -93,20 +95,6 @@ def enlarged(states: Tensor) -> Tensor:
     """[rows, up to 2 SHOWN, d]: the first states as they are, and so large that a cap would show."""
     first = states[:, :SHOWN]
     return torch.cat([first, ENLARGED * first], 1)
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Without gradients, dropout or a trace in the random numbers."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 # ---- the states ------------------------------------------------------------------------------------------------------
