@@ -29,6 +29,9 @@ STEP_KEYS = {
     "tokens",
     "rows",
     "seconds",
+    "data_s",
+    "gradients_s",
+    "update_s",
     "tokens_per_s",
     "rows_per_s",
     "accuracy",
@@ -72,6 +75,9 @@ def test_a_step_records_its_figures() -> None:
     assert [record["step"] for record in seen.steps] == list(range(1, 13))
     assert all(set(record) == STEP_KEYS for record in seen.steps)
     assert seen.steps[0]["tokens"] > seen.steps[0]["targets"] > 0
+    parts = [seen.steps[0][f"{part}_s"] for part in ("data", "gradients", "update")]
+    assert min(parts) > 0
+    assert seen.steps[0]["seconds"] == pytest.approx(sum(parts))
     assert seen.ends == [{"status": "done", "step": 12, "best": None, "best_step": None}]
 
 
@@ -421,5 +427,5 @@ def test_packed_rows_are_counted_by_their_lengths() -> None:
 
     packed = Batch({"input_ids": torch.zeros(1, 9, dtype=torch.long)}, torch.ones(1, 9), (4, 3, 2))
     plain = Batch({"pixel_values": torch.zeros(2, 3, 4, 4)}, torch.tensor([0, 1]))
-    found = figures([packed, plain], [torch.tensor(1.0)], 2.0, 1)
+    found = figures([packed, plain], [torch.tensor(1.0)], {"data": 0.5, "gradients": 1.5}, 1)
     assert (found["rows"], found["tokens"], found["rows_per_s"]) == (5, 9, 2.5)

@@ -40,6 +40,7 @@ def test_before_and_after_stand_side_by_side():
 def test_the_pace_of_pictures_is_in_rows():
     assert "training 12.5 rows/s" in shown({"tokens_per_s": 0.0, "rows_per_s": 12.5})
     assert "training 10 tokens/s" in shown({"rows_per_s": 12.5})
+    assert "10 tokens/s, 0.42 of what its matrix products allow" in shown({"work": {"of_floor": 0.4242}})
 
 
 def test_numbers_that_are_missing_are_a_dash_and_failures_are_told():

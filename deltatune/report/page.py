@@ -79,10 +79,15 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
     yield f"trained: {tuned}, {s['steps']} steps, {rows}"
     seconds = s["seconds"]
     phases = ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items())
-    yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {pace(s)}"
+    yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {pace(s)}{bound(s.get('work') or {})}"
     highest = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in s["memory"].items())
     yield f"peak memory: {s['peak_memory_bytes'] / 2**30:.2f} GiB (up to the end of {highest})"
     yield f"adapter: {s['adapter']}"
+
+
+def bound(work: Mapping[str, Any]) -> str:
+    """How near the steps came to what this machine allows."""
+    return f", {work['of_floor']:.2f} of what its matrix products allow" if work.get("of_floor") else ""
 
 
 def pace(s: Mapping[str, Any]) -> str:

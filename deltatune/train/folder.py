@@ -26,6 +26,7 @@ from ..data.example import PARTS
 from ..data.stream import index, seekable
 from ..report import page
 from .job import Job
+from .measure import PARTS_OF_STEP
 from .place import Run
 from .progress import peak_bytes
 from .sets import streamed
@@ -51,14 +52,22 @@ def claimed(folder: Path) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a run took."""
+
+    seconds: dict[str, float]  # by phase
+    memory: dict[str, int]  # the most bytes up to the end of a phase
+    work: dict[str, Any]  # of its steps (train.work)
+
+
 @dataclass
 class Finished:
     """What the end of a run knows."""
 
     checks: list[Check]
     result: dict[str, Any]
-    seconds: dict[str, float]  # by phase
-    memory: dict[str, int]  # the most bytes up to the end of a phase
+    cost: Cost
     steps: int
     trained: Mapping[str, nn.Parameter]
 
@@ -95,8 +104,10 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in done.trained.values()),
         "parameters": sum(size(p) for p in job.model.parameters()),
         "peak_memory_bytes": peak_bytes(),
-        "memory": done.memory,
-        "seconds": done.seconds,
+        "memory": done.cost.memory,
+        "seconds": done.cost.seconds,
+        "step_seconds": {part: sum(r.get(f"{part}_s", 0.0) for r in steps) for part in PARTS_OF_STEP},
+        "work": done.cost.work,
         "tokens_per_s": sum(r["tokens"] for r in steps) / seconds if seconds else 0.0,
         "rows_per_s": sum(r.get("rows", 0) for r in steps) / seconds if seconds else 0.0,
         "adapter": str(folder / "adapter"),

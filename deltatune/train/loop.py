@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from deltatune.train import guard, neftune, optim, resume, rng
-from deltatune.train.measure import figures, validate
+from deltatune.train.measure import Laps, figures, validate
 from deltatune.train.settings import Observer, Outcome, Progress, Settings
 from deltatune.train.step import Step
 
@@ -82,15 +82,15 @@ class Loop:
         return "done" if p.step >= s.steps else "early" if 0 < s.patience <= p.stale else ""
 
     def _advance(self) -> None:
-        began, n, s = time.perf_counter(), self.progress.step, self.settings
-        batches = resume.drawn(self)
+        lap, n, s = Laps(), self.progress.step, self.settings
+        batches = lap("data", resume.drawn(self))
         rng.seed_step(s.seed, n)
         self.noise.start(n)
-        losses, metrics = self._backward(batches)
+        losses, metrics = lap("gradients", self._backward(batches))
         rate = optim.factor(s, n, s.steps)
-        metrics |= self._update(losses, batches, rate)
+        metrics |= lap("update", self._update(losses, batches, rate))
         self.progress.step += 1
-        self.tell("step", metrics | figures(batches, losses, time.perf_counter() - began, n + 1) | {"lr": s.lr * rate})
+        self.tell("step", metrics | figures(batches, losses, lap.seconds, n + 1) | {"lr": s.lr * rate})
         validate(self)
         resume.periodic(self)
 

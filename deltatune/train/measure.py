@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,14 +15,40 @@ if TYPE_CHECKING:
     from deltatune.data.batch import Batch
     from deltatune.train.loop import Loop
 
+T = TypeVar("T")
+PARTS_OF_STEP = ("data", "gradients", "update")
 
-def figures(batches: Sequence[Batch], losses: Sequence[Tensor], seconds: float, step: int) -> dict[str, Any]:
-    """A step's loss per target, sizes and speed (real tokens per second: no padding, no pictures)."""
+
+class Laps:
+    """Where a step's time goes: `lap(part, what it made)` hands that on, and notes the seconds since the last one."""
+
+    def __init__(self) -> None:
+        self.at, self.seconds = time.perf_counter(), dict[str, float]()
+
+    def __call__(self, part: str, made: T) -> T:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # a step reads its loss and norm anyway
+        began, self.at = self.at, time.perf_counter()
+        self.seconds[part] = self.at - began
+        return made
+
+
+def figures(batches: Sequence[Batch], losses: Sequence[Tensor], laps: Mapping[str, float], step: int) -> dict[str, Any]:
+    """A step's loss per target, sizes, seconds by part and speed (real tokens per second: no padding, no pictures)."""
+    seconds = sum(laps.values())
     targets, tokens = sum(batch.targets for batch in batches), sum(_tokens(batch.inputs) for batch in batches)
     loss = float(torch.stack([x.double() for x in losses]).sum()) / targets
     rows = sum(len(batch.lens or batch.labels) for batch in batches)
     sizes = {"targets": targets, "tokens": tokens, "rows": rows, "seconds": seconds}
-    return {"step": step, "loss": loss, **sizes, "tokens_per_s": tokens / seconds, "rows_per_s": rows / seconds}
+    parts = {f"{part}_s": lap for part, lap in laps.items()}
+    return {
+        "step": step,
+        "loss": loss,
+        **sizes,
+        **parts,
+        "tokens_per_s": tokens / seconds,
+        "rows_per_s": rows / seconds,
+    }
 
 
 def _tokens(inputs: Mapping[str, Tensor]) -> int:

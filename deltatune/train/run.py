@@ -28,7 +28,7 @@ from ..objectives import build as build_objective
 from ..objectives import record
 from . import evidence, memory, verify
 from .checkpoint import Store
-from .folder import Finished, base_of, claimed, environment, finish, verified, write, write_json
+from .folder import Cost, Finished, base_of, claimed, environment, finish, verified, write, write_json
 from .guard import GuardStop, Interrupted, Stop, VerificationError, signals
 from .identity import demand_same, rows_will_change
 from .job import Job, from_model, in_training, prepare
@@ -40,6 +40,7 @@ from .progress import peak_bytes, progress, show
 from .resume import form as resume_form
 from .streaming import BadStream
 from .use import evaluate_file, open_adapted, record_of
+from .work import Work
 
 STARTED = "before.json"  # in checkpoints/: what was measured before step 1, so that a resumed run need not repeat it
 SAVE_SECONDS = 300.0  # between checkpoints where save_every is left out
@@ -199,7 +200,8 @@ def execute(job: Job, folder: Path, clock: Clock) -> Run:
             with stoppable() as stop, clock.phase("before", job.notes):
                 opened = opening(job, folder, store)
             reuse(job)
-            loop = make_loop(job, store, clock.observers)
+            work = Work(Step(job.model, job.objective))
+            loop = make_loop(job, work.step, store, (*clock.observers, work))
             remarks = [*job.notes[told:], *(str(check) for check in opened.checks if check.ok is None)]
             row = verify.sample_row(job)
             with clock.phase("train", remarks, sample=row and asdict(row)):
@@ -208,7 +210,7 @@ def execute(job: Job, folder: Path, clock: Clock) -> Run:
             if outcome.status == "interrupted":
                 return Run(folder, "interrupted", {"signal": outcome.signal, "step": step})
             with stoppable() as stop:
-                return closing(job, folder, opened, loop, clock)
+                return closing(job, folder, opened, loop, work, clock)
     except Interrupted:
         return Run(folder, "interrupted", {"signal": stop.signal, "step": step})
     except BadStream:
@@ -261,7 +263,7 @@ def before_training(job: Job) -> list[verify.Check]:
     return [*checks, verify.Check("learning rate", None if rates else True, seen, warns=bool(rates))]
 
 
-def make_loop(job: Job, store: Store, observers: Sequence[Any]) -> Loop:
+def make_loop(job: Job, step: Step, store: Store, observers: Sequence[Any]) -> Loop:
     sampler, t = job.sampler(), job.config.train
     settings = Settings(
         steps=job.steps(sampler),
@@ -281,7 +283,7 @@ def make_loop(job: Job, store: Store, observers: Sequence[Any]) -> Loop:
         ratios=job.ratios(),
     )
     return Loop(
-        Step(job.model, job.objective),
+        step,
         job.trainable(),
         job.batches(sampler),
         settings,
@@ -298,7 +300,7 @@ def finite(numbers: Mapping[str, float | None]) -> dict[str, float]:
     return {name: float("nan") if value is None else value for name, value in numbers.items()}
 
 
-def closing(job: Job, folder: Path, opened: Opened, loop: Loop, clock: Clock) -> Run:
+def closing(job: Job, folder: Path, opened: Opened, loop: Loop, work: Work, clock: Clock) -> Run:
     """Save the adapter, check it, measure again, write the reports."""
     with clock.phase("save"):
         fold(job.model, job.adapter)
@@ -307,8 +309,8 @@ def closing(job: Job, folder: Path, opened: Opened, loop: Loop, clock: Clock) ->
         checks = [*opened.checks, *after_training(job, folder / "adapter", opened)]
     with clock.phase("after"):
         result = evidence.after(job, opened.first)
-    done = Finished(checks, result, clock.seconds, clock.memory, loop.progress.step, loop.trainable)
-    return finish(job, folder, done)
+    cost = Cost(clock.seconds, clock.memory, work.record())
+    return finish(job, folder, Finished(checks, result, cost, loop.progress.step, loop.trainable))
 
 
 def after_training(job: Job, folder: Path, opened: Opened) -> list[verify.Check]:
