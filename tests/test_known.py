@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -134,9 +133,8 @@ def test_what_does_not_fit_the_memory_goes_to_a_file_and_what_does_not_fit_that_
     made, monkeypatch, memory, disk, rows
 ):
     """A row is about 17 tokens of 32 numbers of 4 bytes."""
-    free = type("Free", (), {"available": memory, "free": disk})
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    monkeypatch.setattr(psutil, "disk_usage", lambda _: free)
+    monkeypatch.setattr(known, "free_memory", lambda: memory)
+    monkeypatch.setattr(known, "free_disk", lambda: disk)
     found, room = known.space([17] * 24, 32, torch.float32)
     assert (found, room.shape) == (rows, (17 * rows, 32))
     room.fill_(1.0)

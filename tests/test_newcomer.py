@@ -16,8 +16,8 @@ from deltatune import LoRA, attach, load, rows
 from deltatune.cli import main
 from deltatune.commands.adapted import spelled
 from deltatune.core.registry import METHODS
+from deltatune.report.progress import phase
 from deltatune.train.place import Run
-from deltatune.train.progress import phase
 from models import tiny
 from test_page import SUMMARY
 

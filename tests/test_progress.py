@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from deltatune.data.check import Sample
-from deltatune.train.progress import Bar, Lines, Meter, duration, memory, progress, rss_bytes, size, sparkline
+from deltatune.machine import memory, rss_bytes
+from deltatune.report.progress import Bar, Lines, Meter, duration, progress, size, sparkline
 
 
 class Clock:

@@ -69,7 +69,7 @@ def finish(run: Any) -> None:
 def observers(config: Any = None, said: Sequence[str] = ()) -> list[Any]:
     """Who watches the loop: a bar on a terminal, plain lines elsewhere, both on standard error. said: notes that were
     shown already."""
-    from deltatune.train.progress import progress
+    from deltatune.report.progress import progress
 
     if config is None:
         return [progress(quiet=machine())]

@@ -24,11 +24,11 @@ from ..core.quant import size
 from ..core.registry import METHODS
 from ..data.example import PARTS
 from ..data.stream import index, seekable
+from ..machine import peak_bytes
 from ..report import page
 from .job import Job
 from .measure import PARTS_OF_STEP
 from .place import Run
-from .progress import peak_bytes
 from .sets import streamed
 from .verify import Check, sample
 

@@ -15,7 +15,6 @@ from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from ..core.delta import SLOT
 from ..core.site import blocks, pairs, towers
 from ..core.slot import Slot
 from ..data.batch import Batch
+from ..machine import free_disk, free_memory
 from ..objectives.common import run
 from .sampler import Sampler
 
@@ -228,9 +228,9 @@ def space(lengths: Sequence[int], width: int, dtype: torch.dtype) -> tuple[int, 
     """(how many of the first rows fit, room for them): in memory, or in a file that goes with the process."""
     line = width * dtype.itemsize
     wanted = sum(lengths)
-    if wanted * line <= psutil.virtual_memory().available // SHARE:
+    if wanted * line <= free_memory() // SHARE:
         return len(lengths), torch.empty(wanted, width, dtype=dtype)
-    most = psutil.disk_usage(tempfile.gettempdir()).free // SHARE // line
+    most = free_disk() // SHARE // line
     rows = sum(total <= most for total in accumulate(lengths))
     tokens = sum(lengths[:rows])
     with tempfile.NamedTemporaryFile() as file:  # unlinked at once: the mapping keeps it until the process ends

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from torch import nn
 
 from ..core.delta import SLOT
 from ..data.media import reads
+from ..machine import free_memory
 
 if TYPE_CHECKING:
     from .job import Job
@@ -50,7 +50,7 @@ def free() -> int:
     """Bytes that can still be had on the device the run uses."""
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
+    return free_memory()
 
 
 def warning(predicted: Mapping[str, int]) -> str | None:

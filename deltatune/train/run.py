@@ -24,8 +24,10 @@ from ..data.problems import nearest
 from ..evaluate.generate import evaluating
 from ..evaluate.incontext import Prompt
 from ..evaluate.score import score
+from ..machine import peak_bytes
 from ..objectives import build as build_objective
 from ..objectives import record
+from ..report.progress import progress, show
 from . import evidence, memory, verify
 from .checkpoint import Store
 from .folder import Cost, Finished, base_of, claimed, environment, finish, verified, write, write_json
@@ -36,7 +38,6 @@ from .known import reuse
 from .lasting import lasting
 from .loop import Loop, Settings, Step
 from .place import Run, finished, place
-from .progress import peak_bytes, progress, show
 from .resume import form as resume_form
 from .streaming import BadStream
 from .use import evaluate_file, open_adapted, record_of

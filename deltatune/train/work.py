@@ -62,15 +62,16 @@ class Work:
         if self.passes or not step.training:
             return
         for _, layer in layers(self.step.model):
-            hook = self.attended if layer in self.attending else self.multiplied if is_linear(layer) else None
-            self.handles += [layer.register_forward_hook(hook)] if hook else []
+            if layer in self.attending:
+                self.handles.append(layer.register_forward_hook(self.attended))
+            elif is_linear(layer):  # before it runs: a vocabulary projection with a forward hook is not left out
+                self.handles.append(layer.register_forward_pre_hook(self.multiplied))
 
-    def multiplied(self, layer: Any, args: tuple[Tensor, ...], y: Tensor) -> None:
+    def multiplied(self, layer: Any, args: tuple[Tensor, ...]) -> None:
         if not layer.training:
             return  # an objective asks the model how it finishes its logits, once
         (k, n), x = widths(layer), args[0]
-        back, learns = y.requires_grad and x.requires_grad, y.requires_grad and layer.weight.requires_grad
-        found = [(k, n)] + [(n, k)] * back + [(k, n)] * learns
+        found = [(k, n)] + [(n, k)] * x.requires_grad + [(k, n)] * layer.weight.requires_grad
         if layer is output_layer(self.step.model):
             self.head = found
             return

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from deltatune.data.check import Sample
 from deltatune.data.show import sample as show_sample
+from deltatune.machine import memory
 from deltatune.terminal import plain
 
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -25,27 +23,6 @@ LINE_SECONDS, QUIET_SECONDS = 10.0, 60.0  # between plain lines
 HORIZON = 20  # steps that the speed is averaged over
 
 Record = Mapping[str, Any]
-
-
-def rss_bytes(maxrss: int, platform: str = sys.platform) -> int:
-    """`ru_maxrss` in bytes: macOS counts bytes, Linux and the BSDs KiB."""
-    return maxrss if platform == "darwin" else maxrss * 1024
-
-
-def memory() -> dict[str, int]:
-    """Bytes in use: `rss`, `peak` of this process, and `cuda`, `cuda_peak` of the device when torch uses one."""
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    found = {"rss": psutil.Process().memory_info().rss, "peak": rss_bytes(usage.ru_maxrss)}
-    torch: Any = sys.modules.get("torch")  # never imported for this
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        found |= {"cuda": torch.cuda.memory_allocated(), "cuda_peak": torch.cuda.max_memory_allocated()}
-    return found
-
-
-def peak_bytes() -> int:
-    """The most memory so far: of the device where torch uses one, else of this process."""
-    found = memory()
-    return found.get("cuda_peak") or found["peak"]
 
 
 def size(count: float) -> str:
