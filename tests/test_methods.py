@@ -177,6 +177,7 @@ def test_freeze_trains_blocks(method, layers):
 def test_freeze_by_name():
     names = trainable(attach(tiny("llama"), Freeze(names=(r"model\.norm\..*", r".*layernorm\.weight"))))
     assert len(names) == 5
+    assert Freeze(names="lm_head.weight") == Freeze(names=("lm_head.weight",))
     with pytest.raises(ValueError, match="matches no whole parameter name"):
         attach(tiny("llama"), Freeze(names=("model.norm",)))
     with pytest.raises(ValueError, match="asks for 3 blocks, LlamaForCausalLM has 2"):
@@ -279,6 +280,7 @@ MISTAKES = [
     (Prompt, {"length": -3}, "Prompt length must be .* got -3"),
     (Prompt, {"init": "vocabulary"}, "Prompt init 'vocabulary': choose from vocab, uniform, text, labels"),
     (Freeze, {"last": -1}, "Freeze last must be a whole number >= 0, got -1"),
+    (Freeze, {"names": ("*norm",)}, r"Freeze name '\*norm' is neither .* nor a valid regular expression \(nothing to"),
     (NewTokens, {"ids": (1.5,)}, r"NewTokens id must be .* got 1\.5"),
     (NewTokens, {"ids": (5, 6, 5)}, "NewTokens id 5 is given 2 times"),
 ]

@@ -117,6 +117,15 @@ def test_a_run_is_verified_and_resumes_bitwise(made, tmp_path, name):
     assert again["loss"] == pytest.approx(evaluated["after"]["loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_policy_that_draws_in_evaluation_too_is_verified(made, tmp_path, seed):
+    """The adapter from disk is compared under the same draws."""
+    drawn = {"spottune": {"of": [{"lora": {"r": 2}}], "sample": True, **SMALL}}
+    settings = t.config(made / "chat", str(made / "chat.jsonl"), method=drawn, train={"seed": seed, "steps": 4})
+    done = run(settings, out=tmp_path / "run")
+    assert done.status == "done", done.summary["failed"]
+
+
 def test_what_diff_pruning_stores(made, tmp_path):
     run(config(made, "diffprune", tmp_path), out=tmp_path / "run")
     tensors = saved(tmp_path / "run")

@@ -24,8 +24,16 @@ class Freeze:
     names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "names", (self.names,) if isinstance(self.names, str) else tuple(self.names))
         whole("Freeze last", self.last, least=0)
         whole("Freeze first", self.first, least=0)
+        for pattern in self.names:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"Freeze name {pattern!r} is neither a parameter's name nor a valid regular expression ({error})"
+                ) from None
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         blocks = list(dict.fromkeys(b for n, _ in layers(model) if (b := block_of(n + "."))))

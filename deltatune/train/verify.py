@@ -24,7 +24,7 @@ from ..data.batch import Batch
 from ..data.check import Sample, pieces
 from ..data.encode import IGNORE, Encoded
 from ..data.show import safe
-from ..evaluate.generate import end_of_turn, evaluating
+from ..evaluate.generate import end_of_turn, evaluating, private_rng
 from ..methods.budget import Budget
 from ..methods.triplets import Triplets
 from ..objectives.common import decoder_inputs, run
@@ -204,13 +204,16 @@ def saved_whole(job: Job, folder: Path, start: Mapping[str, Tensor]) -> Check:
 def reloads(job: Job, folder: Path) -> Check:
     """The adapter, loaded from disk beside the live one, gives the same logits to the last bit."""
     batch, name = probe(job), "reloaded"
+    device = next(job.model.parameters()).device
     # a second soft prompt owns other virtual ids, so the live one steps aside: its ids are read by position
     with restored(job.model), evaluating(job.model):
-        live = logits(job.model, batch)
+        with private_rng(device, 0):  # a policy that draws in evaluation too draws the same for both
+            live = logits(job.model, batch)
         try:
             load(job.model, folder, name)
             activate(job.model, name)
-            again = logits(job.model, moved(job, batch, name))
+            with private_rng(device, 0):
+                again = logits(job.model, moved(job, batch, name))
         except (ValueError, OSError, KeyError) as error:
             return Check("reload", False, f"the saved adapter does not load: {error}")
         finally:
