@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
+import transformers as hf
 from torch import nn
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_chunked_causal_mask
@@ -20,9 +22,11 @@ from deltatune.core.attention import (
     packed,
     positions,
     restore_attention,
+    unpackable,
     use_attention,
 )
 from deltatune.core.delta import SLOT, Refusal
+from deltatune.core.site import trunk
 from models import FAMILIES, inputs, tiny
 
 CAUSAL = [f for f, it in FAMILIES.items() if it.kind == "causal"]
@@ -220,6 +224,33 @@ def test_chunked_attention_refuses_packing():
     config = tiny("llama", attn_implementation=IMPLEMENTATION, attention_chunk_size=4).config
     with pytest.raises(Refusal, match="attention_chunk_size 4"), packed((3, 4)):
         create_chunked_causal_mask(config, torch.zeros(1, 7, 32), None, None)
+
+
+SMALL = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "num_local_experts": 2, "num_experts_per_tok": 1,
+}  # fmt: skip
+STATES = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4, "mamba_chunk_size": 4}
+HYBRIDS = {
+    "lfm2": (hf.Lfm2Config, {"layer_types": ["conv", "full_attention"]}, "carries"),
+    "granite 4": (hf.GraniteMoeHybridConfig, STATES | {"layer_types": ["mamba", "attention"]}, "carries"),
+    "bamba": (hf.BambaConfig, STATES | {"attn_layer_indices": [1]}, "carries"),
+    "minimax": (hf.MiniMaxConfig, {"layer_types": ["linear_attention", "full_attention"]}, "carries"),
+    "gpt-oss": (hf.GptOssConfig, {}, "sinks"),
+}
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_rows_that_would_see_each_other_past_attention_are_not_packed(name):
+    config, fields, why = HYBRIDS[name]
+    model = hf.AutoModelForCausalLM.from_config(config(**SMALL | fields))
+    assert why in unpackable(model)
+
+
+@pytest.mark.parametrize("family", PACKABLE)
+def test_a_model_of_attention_alone_is_packed(family):
+    fits = "position_ids" in inspect.signature(trunk(tiny(family)).forward).parameters
+    assert (unpackable(tiny(family)) == "") is fits
 
 
 def test_packing_that_nobody_reads_is_an_error():

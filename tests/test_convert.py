@@ -8,11 +8,13 @@ import math
 import peft
 import pytest
 import torch
+import transformers as hf
 
 from deltatune import IA3, Adapter, BitFit, Full, Head, LoRA, Prefix, activate, attach, load, merge
 from deltatune.core.attach import attached, each, known, parameters, trainable
 from deltatune.core.change import Low, changes
 from deltatune.core.convert import export_lora, extract, kl, to_lora
+from deltatune.core.cost import cost
 from deltatune.core.delta import Refusal
 from deltatune.core.peft_format import writable
 from deltatune.core.store import state
@@ -137,6 +139,25 @@ def test_ia3_at_full_energy_is_itself_and_at_less_says_how_far_off():
     less = to_lora(model, "a", "less", r=2)
     assert less.error > some.error
     assert kl(model, "a", "less", batches) > kl(model, "a", "some", batches)
+
+
+def test_spans_are_compared_by_their_ends():
+    """Question answering has no logits: the shares of the first and of the last token."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = hf.AutoModelForQuestionAnswering.from_config(tiny("bert", num_labels=2).config).eval()
+    for seed, name in enumerate("ab", 1):
+        shaken(model, LoRA(r=2), name, seed)
+    batch = {k: v for k, v in inputs(model).items() if k in ("input_ids", "attention_mask")}
+    sides = []
+    for name in "ab":
+        activate(model, name)
+        with torch.no_grad():
+            found = model(**batch)
+        sides.append(torch.stack([found.start_logits, found.end_logits], 1).double().log_softmax(-1))
+    gap = (sides[0].exp() * (sides[0] - sides[1])).sum(-1)
+    assert kl(model, "a", "b", [batch]) == pytest.approx(float(gap.mean()), rel=1e-9)
+    assert cost(merge(model, "a"), merge(model, "b"), [batch]).kl == pytest.approx(float(gap.mean()), rel=1e-4)
 
 
 def test_kl_is_the_definition_over_real_positions():

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers as hf
 
 import tiny_tokenizers as tt
 from deltatune import IA3, Choice, Cloze, Gate, LoRA, Prefix, SpotTune, activate, disabled, predict, rows
@@ -124,6 +125,12 @@ def test_rows_on_adapters_of_their_own_share_nothing(monkeypatch):
         activate(model, name)
         alone = predict(model, OBJECTIVES["cloze"], given, tokenizer=WORDS)[i]
         assert together[i]["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+
+
+def test_a_model_that_keeps_nothing_has_no_front():
+    """GPT-1 takes whatever it is called with, and leaves the cache empty."""
+    model = hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=4)).eval()
+    assert cache.front(model, [tuple(range(3, 63)), tuple(range(3, 65))]) is None
 
 
 def test_a_front_stays_as_it_was():

@@ -10,7 +10,8 @@ import tiny_run as t
 import tiny_tokenizers as tt
 from conformance import logits
 from deltatune import IA3, Adapter, BitFit, LoRA, Prefix, Prompt, attach
-from deltatune.core.attach import parameters
+from deltatune.core.attach import packing, parameters
+from deltatune.core.attention import packed, positions
 from deltatune.core.delta import Refusal
 from deltatune.core.registry import bound, spec
 from deltatune.core.slot import deltas
@@ -191,3 +192,18 @@ def test_words_of_what_is_inside_become_ids(outer):
     assert inside.ids == tuple(tokenizer("good film", add_special_tokens=False)["input_ids"])
     assert len(found[1].ids) == 2
     assert build(spec(found)) == tuple(found)  # what the manifest keeps
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_every_packed_sequence_has_a_gate_of_its_own(family):
+    """OPT's feed-forward layers see tokens without their rows."""
+    model = stirred(family, Adapter(4), LoRA(2, targets=("up",)), pool=3)
+    ids = inputs(model, rows=2)["input_ids"]
+    sequences = [ids[0], ids[1, :5]]
+    with torch.no_grad():
+        alone = [model(input_ids=own[None]).logits[0] for own in sequences]
+        packing(model)
+        with packed((7, 5)):
+            row = {"input_ids": torch.cat(sequences)[None], "position_ids": positions(model, (7, 5))}
+            together = model(**row, use_cache=False).logits[0]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-9, atol=1e-9)

@@ -124,6 +124,19 @@ def test_in_training_each_draws_its_own_dropout():
     assert (first - still).abs().amax((1, 2)).min() > 1e-4
 
 
+def test_an_adapter_of_fewer_bits_than_its_base_is_scaled_before_it_is_rounded():
+    model = tiny("llama")
+    for name, alpha in (("a", 100.0), ("b", 2.0)):
+        shaken(model, LoRA(r=7, alpha=alpha), name, 1)
+        for key, p in model.named_parameters():
+            p.data = p.data.bfloat16() if f".{name}." in key else p.data
+    batch = asked(model, rows=2)
+    together = logits(model, batch, ["a", "b"])
+    activate(model, "a")
+    with torch.no_grad():
+        torch.testing.assert_close(together[0], model(**batch).logits[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_no_number_in_one_adapter_stays_in_its_own_rows(value):
     model, batch = crowd(count=2), asked(tiny("llama"), rows=2)

@@ -103,11 +103,16 @@ def drops(model):
     model.model.layers[0].self_attn.attention_dropout = 0.1
 
 
+def skips(model):
+    model.model.decoder.layerdrop = 0.1
+
+
 WHY = {
     "a lower block learns": ({"method": "lora"}, None, r"layers\.0\S* is adapted"),
     "the embedding learns": ({"method": {"freeze": {"last": 1, "names": [r"model\.embed_tokens\.weight"]}}}, None,
                              "embed_tokens is (trained|adapted)"),
     "chance": ({}, drops, "drops out at random"),
+    "blocks left out at random": ({"model": "opt"}, skips, "decoder drops out at random"),
     "once": ({"train": {"epochs": 1.0}}, None, "it reads its rows once"),
     "noise": ({"train": {"neftune": 5.0}}, None, "NEFTune draws noise anew"),
 }  # fmt: skip

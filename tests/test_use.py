@@ -51,6 +51,16 @@ def made(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("objective", ["sft", "classify"])
+def test_what_a_merge_of_an_encoder_decoder_costs_is_measured_too(made, tmp_path, objective):
+    row = {"text": "the film was good"} if objective == "classify" else {"prompt": "the film", "completion": "good"}
+    labels = [{"label": name} if objective == "classify" else {} for name in ("pos", "neg")] * 2
+    rows = tr.lines(tmp_path / "rows.jsonl", [row | label for label in labels])
+    run(tr.config(made / "t5", rows, objective=objective, train={"steps": 1}), out=tmp_path / "r", observers=())
+    found = answer("merge", tmp_path / "r", "--out", tmp_path / "m", "--data", rows)
+    assert found["cost"]["kl"] < 1e-9
+
+
 # ---- the folder is enough --------------------------------------------------------------------------------------------
 def test_a_run_is_repeated_and_measured_from_another_folder(made, tmp_path, monkeypatch):
     monkeypatch.chdir(made)

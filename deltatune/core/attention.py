@@ -19,10 +19,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .delta import SLOT, Refusal
 from .places import first
-from .site import added, input_layer, name_of, pairs, towers, trunk
+from .site import added, input_layer, layers, name_of, pairs, towers, trunk
 
 IMPLEMENTATION = "deltatune"  # the name it is registered under in transformers
 CROSS = frozenset(("EncDecAttention", "encoder_attn", "crossattention", "cross_attn"))
+ATTENDS = frozenset(("full_attention", "sliding_attention", "attention"))  # layers that keep packed rows apart
 REPLACEABLE = (None, "eager", "sdpa", IMPLEMENTATION)
 
 
@@ -410,11 +411,22 @@ def unpackable(model: Any) -> str:
         return "its positions cannot begin again"
     if getattr(config, "attention_chunk_size", None):
         return "its attention counts chunks from the start of a batch"
+    if carries(model):
+        return "a layer that is not attention carries what it saw from one row to the next"
+    if any("sinks" in module._parameters for module in model.modules()):
+        return "its attention has sinks"
     try:
         restore_attention(model, use_attention(model))
     except Refusal as refusal:
         return refusal.found
     return ""
+
+
+def carries(model: Any) -> bool:
+    """Whether tokens reach each other past attention, as in hybrids: by a convolution over them, or a running state."""
+    said = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    wide = (m for _, m in layers(model) if isinstance(m, nn.Conv1d) and m.kernel_size != (1,))
+    return not ATTENDS.issuperset(said) or next(wide, None) is not None
 
 
 def positions(model: nn.Module, lens: Sequence[int]) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .attach import activate, attached, detach, focus, known, restored
 from .change import Changes, Fit, adopt, carried, changes, check_size, in_heads, lower, refuse_left
+from .cost import said
 from .quant import dense
 from .site import linear_at, twins
 from .store import save
@@ -132,7 +133,7 @@ def kl(model: nn.Module, name: str, other: str, batches: Iterable[Mapping[str, T
             sides = []
             for side in (name, other):
                 activate(model, side)
-                sides.append(F.log_softmax(model(**batch).logits.double(), -1))
+                sides.append(F.log_softmax(said(model, batch), -1))
             gap = F.kl_div(sides[1], sides[0], log_target=True, reduction="none").sum(-1)
             mask = batch.get("attention_mask")
             real = (

@@ -53,9 +53,9 @@ def compare(adapted: Any, merged: Any, batch: Mapping[str, Tensor]) -> tuple[lis
     """
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
-    logp, logq = (model(**batch).logits.double() for model in (adapted, merged))
-    if logp.dim() == 2:  # one choice a row, not one a token
-        mask = mask.any(1)
+    logp, logq = (said(model, batch) for model in (adapted, merged))
+    if logp.shape[:-1] != mask.shape:  # choices of a row, not one a token
+        mask = mask.any(1).view(-1, *[1] * (logp.dim() - 2)).expand(logp.shape[:-1])
     gap = float((logp - logq)[mask].abs().max())
     agree = (logp.argmax(-1) == logq.argmax(-1))[mask].sum()
     logp, logq = logp.log_softmax(-1), logq.log_softmax(-1)
@@ -66,6 +66,12 @@ def compare(adapted: Any, merged: Any, batch: Mapping[str, Tensor]) -> tuple[lis
     ahead = ids.masked_fill(~mask, -100)[:, 1:].flatten()
     lost = [float(F.nll_loss(x[:, :-1].flatten(0, 1), ahead, reduction="sum")) for x in (logp, logq)]
     return [*sums, float((ahead != -100).sum()), *lost], gap
+
+
+def said(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """A model's logits in fp64: [rows, seq, vocabulary or tags], [rows, classes], or [rows, 2, seq] of spans."""
+    found = model(**batch)
+    return (found.logits if "logits" in found else torch.stack([found.start_logits, found.end_logits], 1)).double()
 
 
 def names(model: Any) -> str:

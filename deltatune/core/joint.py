@@ -79,7 +79,9 @@ class Joint:
         for name, (a, _, _) in found:
             own[self.rows[name].to(x.device), at : at + len(a)] = True
             at += len(a)
-        down, up = [a for _, (a, _, _) in found], [scale * b for _, (_, b, scale) in found]
+        down = [a for _, (a, _, _) in found]
+        exact = [b.to(torch.promote_types(b.dtype, x.dtype)) for _, (_, b, _) in found]  # scaled, then rounded
+        up = [scale * b for b, (_, (_, _, scale)) in zip(exact, found, strict=True)]
         return torch.cat(down).to(x.dtype), torch.cat(up, 1).to(x.dtype), own
 
 

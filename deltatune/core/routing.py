@@ -173,10 +173,10 @@ def pooled(x: Tensor, now: Now, first: int | None) -> Tensor:
     Padding on either side does not count. A packed row holds several sequences.
     """
     lens = now.lens
+    x = x.flatten(0, -3) if x.ndim > 2 else x.view(now.rows, -1, x.shape[-1])  # OPT's feed-forward sees no rows
     if lens is not None and x.shape[0] == 1:
         starts = accumulate(lens, initial=0)
         return torch.stack([x[0, a : a + min(n, first or n)].mean(0) for a, n in zip(starts, lens, strict=False)])
-    x = x.flatten(0, -3) if x.ndim > 2 else x.view(now.rows, -1, x.shape[-1])
     real = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     if now.mask is not None and now.mask.numel() == real.numel():
         real = now.mask.reshape(real.shape).to(x.device)

@@ -122,7 +122,8 @@ def front(model: Any, rows: Sequence[Sequence[int]]) -> Front | None:
     length = shared(model, rows)
     if not length or not all(type(layer) is Roomy for layer in empty(model).layers):
         return None
-    return Front(length, prefilled(model, torch.tensor([rows[0][:length]], device=model.device)))
+    cache = prefilled(model, torch.tensor([rows[0][:length]], device=model.device))
+    return Front(length, cache) if cache.get_seq_length() == length else None  # a model of old may leave it empty
 
 
 def shared(model: Any, rows: Sequence[Sequence[int]]) -> int:

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 PIECE = 2048  # tokens computed at a time
 SHARE = 4  # of the free memory at most a quarter; what does not fit goes to a file, of which the same share of the disk
-DROPS = ("dropout", "attention_dropout", "dropout_prob", "activation_dropout", "drop_path")
+DROPS = ("dropout", "attention_dropout", "dropout_prob", "activation_dropout", "drop_path", "layerdrop")
+JITTERS = ("jitter_noise", "router_jitter_noise", "input_jitter_noise")  # a router of experts that draws in training
 
 
 class Reached(Exception):
@@ -132,7 +133,7 @@ def changes(module: nn.Module) -> str:
         return "is adapted"
     if isinstance(module, nn.Dropout) and module.p:
         return f"drops out at random ({module.p:g})"
-    rates = [getattr(module, name, 0) for name in DROPS]
+    rates = [getattr(module, name, 0) for name in (*DROPS, *JITTERS)]
     return "drops out at random" if any(isinstance(r, float) and r > 0 for r in rates) else ""
 
 

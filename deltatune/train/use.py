@@ -16,6 +16,7 @@ from ..core.attach import disabled, running
 from ..core.manifest import record_in
 from ..core.merging import merge
 from ..core.quant import scheme
+from ..core.site import pairs
 from ..core.store import load as load_adapter
 from ..core.store import read_manifest
 from ..data.encode import Encoding
@@ -94,7 +95,12 @@ def cost_text(model: nn.Module, tokenizer: Any, examples: Sequence[Any] | None) 
     texts = default_texts() if examples is None else [spoken(example) for example in examples]
     ids = tokenizer("\n\n".join(texts), add_special_tokens=False, return_tensors="pt").input_ids[0]
     device = next(model.parameters()).device
-    return [{"input_ids": piece[None].to(device)} for piece in ids.split(WINDOW)[:WINDOWS] if len(piece) > 1]
+    pieces = [piece for piece in ids.split(WINDOW)[:WINDOWS] if len(piece) > 1]
+    if not pairs(model):
+        return [{"input_ids": piece[None].to(device)} for piece in pieces]
+    end = ids.new_tensor([tokenizer.eos_token_id])  # where a classifier reads its class
+    both = [torch.cat([piece[piece != end], end])[None].to(device) for piece in pieces]
+    return [{"input_ids": piece, "decoder_input_ids": piece} for piece in both]
 
 
 def spoken(example: Any) -> str:
