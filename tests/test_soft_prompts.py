@@ -499,6 +499,23 @@ def test_twenty_steps_go_as_in_peft(tmp_path, family, name):
     agree(model, own, theirs, asked, 2e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by the old name
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_classifier_with_a_prefix_says_what_peft_says(family):
+    """P-tuning v2's home: the real tokens of an encoder stand after the prefix too."""
+    torch.manual_seed(0)
+    model = attach(tiny(family, "classify"), Prefix(4))
+    config = peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    theirs = peft.get_peft_model(tiny(family, "classify"), config).eval()
+    kept = torch.stack([torch.stack([d.k, d.v]) for d in deltas(model)])  # [layers, 2, heads, length, dim]
+    with torch.no_grad():
+        weight = kept.permute(3, 0, 1, 2, 4).flatten(1)
+        theirs.prompt_encoder["default"].embedding.weight.copy_(weight)
+        ids = torch.tensor([[5, 6, 7, 8, 9], [9, 8, 7, 6, 5]])
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        torch.testing.assert_close(logits(model, given), theirs(**given).logits, rtol=0, atol=1e-5)
+
+
 def agree(model, own, theirs, asked, atol=2e-5):
     with torch.no_grad():
         wanted = theirs(**{k: v for k, v in asked.items() if k != "labels"}).logits

@@ -35,7 +35,8 @@ REPARAMS = ("none", "mlp")
 class Prefix:
     """Learned keys and values in front of every layer's own. Parameters: 2 layers kv_heads length head_dim.
 
-    `offset_positions`: real tokens of a causal model stand after the prefix (as in peft); off, they keep their places.
+    `offset_positions`: the real tokens of a model with one stack stand after the prefix, as in peft and P-tuning v2;
+    off, they keep their places.
     Starts at the base's own keys and values, which leave its attention in order: init "words": of `words`, repeated or
     cut to `length`; "vocab": of words sampled from the 5,000 commonest tokens (a model that reads no words starts as
     "random"); "random": N(0, 0.02).
@@ -74,8 +75,7 @@ class Prefix:
         found, start = attention_modules(model), self.start(model)
         roots: dict[str, Root] = {}
         for name, module, kind in found:
-            causal = kind == "self" and bool(getattr(module, "is_causal", False))
-            offset = self.length if causal and takes and self.offset_positions else 0
+            offset = self.length if kind == "self" and takes and self.offset_positions else 0
             delta = KeysValues(*(start[module] if start else self.drawn(heads(module))), offset)
             if self.reparam == "mlp":
                 owns = kind not in roots
