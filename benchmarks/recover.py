@@ -101,8 +101,10 @@ def recipe(table: Table, cell: Cell) -> str:
 
 
 def task_of(table: Table, cell: Cell) -> Table:
-    """A cell's task, with what its method has of its own: `train`, and a `template` for its virtual tokens."""
+    """A cell's task, with what its method has of its own: `train`, an `objective`, and a `template` for its virtual
+    tokens."""
     task, entry = dict(table["tasks"].get(cell.task, {})), table["methods"].get(cell.method, {})
+    task |= {key: entry[key] for key in ("objective",) if key in entry}
     if "train" in entry:
         task["train"] = {**task["train"], **entry["train"]}
     if "template" in entry:

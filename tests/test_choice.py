@@ -8,15 +8,17 @@ import torch
 
 import tiny_run as t
 import tiny_tokenizers as tt
-from deltatune import LoRA, attach, predict
+from deltatune import Gate, LoRA, Prefix, SpotTune, attach, predict
+from deltatune.core.attach import parameters
 from deltatune.core.delta import Refusal
+from deltatune.core.site import blocks
 from deltatune.data.batch import pad
 from deltatune.data.encode import Encoding
 from deltatune.data.example import Example
 from deltatune.data.problems import BadRow
 from deltatune.evaluate.score import answered, score
 from deltatune.evaluate.score import predict as measured
-from deltatune.objectives import Choice, build, record
+from deltatune.objectives import Choice, branches, build, record
 from deltatune.train.job import prepare
 from models import tiny
 
@@ -81,8 +83,8 @@ def test_the_losses_are_t_fews(family, weights):
 
 def test_the_gradient_reaches_every_choice():
     """d L / d logits of each choice, against the equations differentiated by torch without any padding."""
-    model, tokenizer, goal = setting("llama")
-    weight = model.model.layers[0].mlp.up_proj.weight
+    model, tokenizer, goal = setting("opt")  # its norms stay in float64
+    weight = model.model.decoder.layers[0].fc1.weight
     (ours,) = torch.autograd.grad(goal.loss(model, batch_of(goal, tokenizer))[0], weight)
     total = 0.0
     for row in ROWS:
@@ -218,3 +220,51 @@ def test_it_is_recorded_as_it_is_given():
                         "length_normalised": 1.0, "rank": "mean"}}  # fmt: skip
     assert record(build(block)) == block
     assert Choice().fit(ROWS).classes == ("mid", "pos")
+
+
+# ---- several answers behind one text ---------------------------------------------------------------------------------
+ANSWERS = [own(["a", "very good film it was", "bad film"], 1), own(["good", "it was very very good"], 0)]
+
+
+def asked(model, method=None):
+    """(loss, gradients, tokens that went through the model) of two rows with unlike choices."""
+    tokenizer, seen = tt.byte_level(), []
+    goal = Choice(template="{text} it was <mask>").fit(ANSWERS).bind(tokenizer, "causal")
+    rows = [e for row in ANSWERS for e in goal.encode(row, tokenizer, Encoding())]
+    block = model.get_submodule(blocks(model)[0])
+    handle = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[0] * args[0].shape[1]))
+    loss = goal.loss(model, pad(rows, 0))[0]
+    handle.remove()
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    return loss, torch.autograd.grad(loss, chosen, allow_unused=True), seen[-1]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen", "neox", "phi3"])
+@pytest.mark.parametrize("method", [None, LoRA(r=2), Prefix(3), SpotTune((LoRA(r=2),), pool=3)])
+def test_answers_side_by_side_are_read_as_alone(family, method, monkeypatch):
+    model = tiny(family, vocab_size=len(tt.byte_level()), dtype=torch.float64, max_position_embeddings=256)
+    if method:
+        torch.manual_seed(0)
+        attach(model, method)
+        for p in parameters(model, "default").values():
+            p.data += 0.1 * torch.randn_like(p)
+    loss, grads, tokens = asked(model)
+    monkeypatch.setattr(branches, "branches", lambda model, starts: False)
+    wanted, theirs, all_tokens = asked(model)
+    torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=0)
+    for a, b in zip(grads, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert tokens < 0.75 * all_tokens
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("mamba", None), ("mistral", None), ("llama", Gate((LoRA(r=2),))), ("llama", SpotTune((LoRA(r=2),)))],
+)
+def test_answers_that_would_see_each_other_are_read_apart(family, method):
+    """A running state, a window, a decision by more than the text."""
+    model = tiny(family)
+    if method:
+        attach(model, method)
+    assert not branches.branches(model, torch.tensor([9, 12]))
+    assert branches.branches(tiny("llama"), torch.tensor([9, 12]))

@@ -19,9 +19,10 @@ from ..data.example import Example
 from ..data.problems import BadRow
 from ..data.wanted import LABELS, Wanted
 from ..prompting.template import Filler
+from .branches import continued
 from .classify import refuse_mixed, refuse_several, spelled
 from .cloze import parsed
-from .common import FITTED, combined, kind_of, language_class, load, needs_words, shares, states_at
+from .common import FITTED, combined, kind_of, language_class, load, needs_words, shares
 from .projection import Projection, states
 
 SMALLEST = 1e-6  # 1 - p below this counts as this: a certain wrong answer has a finite loss
@@ -202,23 +203,6 @@ def t_few(each: Tensor, real: Tensor, right: Tensor, weights: tuple[float, float
     return (-beta[rows, right] + weights[0] * unlikely).sum() + weights[1] * F.cross_entropy(
         beta, right, reduction="sum"
     )
-
-
-def continued(model: Any, batch: Batch, real: Tensor) -> tuple[Tensor, Projection]:
-    """A causal model's states [n, d] in front of each token that is `real` [rows, choices, longest]."""
-    assert batch.choices is not None
-    ids, answers = batch.inputs["input_ids"], batch.choices
-    (rows, count, longest), starts = answers.shape, batch.inputs["attention_mask"].sum(1)
-    whole = F.pad(ids, (0, longest))[:, None].repeat(1, count, 1)
-    steps = torch.arange(longest, device=ids.device)
-    places = (starts[:, None] + steps)[:, None].expand(rows, count, longest)
-    ends = (starts[:, None] + real.sum(-1)).flatten()
-    # no wider than the longest of them: a long text and another row's long answer are not one text
-    whole = whole.scatter(2, places, answers.clamp(min=0)).flatten(0, 1)[:, : int(ends.max())]
-    mask = (torch.arange(whole.shape[1], device=ids.device) < ends[:, None]).long()
-    inputs = Batch({"input_ids": whole, "attention_mask": mask}, batch.labels, front=batch.front)
-    sequence = torch.arange(rows * count, device=ids.device).view(rows, count, 1).expand_as(real)
-    return states_at(model, inputs, (sequence[real], places[real] - 1))
 
 
 def decoded(model: Any, batch: Batch, real: Tensor) -> tuple[Tensor, Projection]:
