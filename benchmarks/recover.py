@@ -387,17 +387,28 @@ def defaults(store: Store) -> str:
         chosen, whose = {task: best_lr(store, name, task) for task in entry["tasks"]}, default_of(store, name)
         if None not in chosen.values() and whose:
             said = "the same" if set(chosen.values()) == {default_lr(whose)} else "DIFFERS"
-            said = said if whose in METHODS else "a preset, which stays as it was published"
+            published = whose in PRESETS and "lr" in PRESETS[whose].get("train", {})
+            said = "a preset, which stays as it was published" if published else said
             won = ", ".join(f"{task} {best:g}" for task, best in chosen.items())
             lines.append(f"{name}: swept {won}; default of {whose} {default_lr(whose):g}: {said}")
     return "\n".join(lines) or "no sweep is finished"
+
+
+def settings_of(entry: Mapping[str, Any]) -> str:
+    """What an entry sets beside a method's or a preset's name, as a configuration says it."""
+    method = entry["method"]
+    ((_, fields),) = [("", {})] if isinstance(method, str) else method.items()
+    more = {key: entry[key] for key in ("template", "objective", "train") if key in entry}
+    said = [json.dumps({key: value})[1:-1] for key, value in {**fields, **more}.items()]
+    return ", ".join(said).replace('"', "").replace("|", "/") or "-"
 
 
 def shown(store: Store, name: str, task: str) -> str:
     """One row of the table."""
     found, whose = recovery(store, name, task), default_of(store, name)
     default = f"{default_lr(whose):g} ({whose})" if whose else "-"
-    head = f"| {name} | {task} | {swept(store, name, task) or '-'} | {default} "
+    own = settings_of(store.table["methods"][name])
+    head = f"| {name} | {task} | {own} | {swept(store, name, task) or '-'} | {default} "
     if found is None:
         return f"{head}| | | | | | | open |"
     runs, gain = found.runs, found.gain
@@ -421,13 +432,13 @@ def written(store: Store) -> str:
         for name, task in store.table["tasks"].items()
     ]
     names = (
-        "method", "task", "sweep on dev (lr: score)", "default lr", "lr", "trained parameters", "untuned",
+        "method", "task", "settings of its own", "sweep on dev (lr: score)", "default lr", "lr", "trained parameters", "untuned",
         "tuned, 3 seeds", "gain [95 %]", "training, s", "recovered",
     )  # fmt: skip
     top = f"| {' | '.join(names)} |"
     lines = [shown(store, name, task) for name, entry in entries(store).items() for task in entry["tasks"]]
     lines += [
-        f"| {n} | - | - | - | | | | | | | open: {e['open']} |" for n, e in store.table["methods"].items() if "open" in e
+        f"| {n} | - | - | - | - | | | | | | | open: {e['open']} |" for n, e in store.table["methods"].items() if "open" in e
     ]
     return "\n".join([*tasks, "", top, "|" + "---|" * len(names), *lines])
 

@@ -30,8 +30,8 @@ def record(name: str) -> dict[str, Any]:
     if len(parts) == 1:  # a peft folder holds one method
         peft = parts[0].get("peft")
     own = ("paper", "lr", "lr_range", "note", "model", "objective", "train")
-    source = f"lr: {'paper' if 'lr' in entry.get('train', {}) else 'default of its methods'}"
-    facts = {"name": name, "kind": "preset", "mergeable": mergeable, "peft": peft, "source": source}
+    whose = "paper" if "lr" in entry.get("train", {}) else "swept" if "swept" in entry else "default of its methods"
+    facts = {"name": name, "kind": "preset", "mergeable": mergeable, "peft": peft, "source": f"lr: {whose}"}
     return {**facts, **{k: entry.get(k) for k in own}, "method": made_of}
 
 

@@ -420,7 +420,7 @@ def resolve(config: Config, index: Mapping[str, Any] | None = None) -> Resolved:
         known, chosen = blocks.methods(), []
         filled: dict[str, Any] = {}
         if config.train.lr is None:
-            rates = {name: known[name]["lr"] for name, _ in config.parts if known.get(name, {}).get("lr")}
+            rates = rates_of(config, known)
             least = min(rates, key=lambda name: rates[name], default="")
             filled["lr"] = rates.get(least, 2e-4)
             chosen.append(f"lr {filled['lr']:g} (the default of {least or 'this program'})")
@@ -448,6 +448,14 @@ def dump(config: Config) -> str:
     for name in SECTIONS:
         tree[name] = {key: value for key, value in tree[name].items() if value is not None}
     return to_yaml({key: value for key, value in tree.items() if value not in (None, {}, [])})
+
+
+def rates_of(config: Config, known: Mapping[str, Any]) -> dict[str, float]:
+    """The learning rates to start from: those that were swept for the presets of a run, and of its other methods."""
+    swept = [name for name in config.presets if "swept" in blocks.presets().get(name, {})]
+    covered = {part for name in swept for block in blocks.preset(name) for part in block}
+    rates = {name: float(blocks.presets()[name]["lr"]) for name in swept}
+    return rates | {n: known[n]["lr"] for n, _ in config.parts if n not in covered and known.get(n, {}).get("lr")}
 
 
 def recipes(config: Config) -> list[str]:

@@ -257,6 +257,7 @@ def test_a_learning_rate_is_called_ours_only_where_the_store_chose_it():
             recover.best_lr(store, name, task) for task in entry["tasks"]
         )
     told = {name: entry.lr for name, entry in METHODS.items() if "lr: swept" in entry.source}
+    told |= {name: preset["swept"] for name, preset in PRESETS.items() if "swept" in preset}
     assert {name: lr for name, lr in told.items() if lr not in chosen.get(name, ())} == {}
 
 
@@ -277,7 +278,7 @@ def test_defaults_are_shown_beside_the_finished_sweeps(place, tmp_path, monkeypa
         "methods": {
             "lora": {"tasks": ["a", "b"], "method": "lora", "lr": [1e-3, 3e-3]},
             "houlsby": {"tasks": ["a"], "method": "houlsby", "lr": [1e-3], "default_of": "adapter"},
-            "mam": {"tasks": ["a"], "method": "mam", "lr": [1e-3]},
+            "mam-paper": {"tasks": ["a"], "method": "mam-paper", "lr": [1e-3]},
             "ia3": {"tasks": ["a", "b"], "method": "ia3", "lr": [3e-3]},
         },
     }
@@ -288,16 +289,16 @@ def test_defaults_are_shown_beside_the_finished_sweeps(place, tmp_path, monkeypa
     for seed in recover.SEEDS:
         for task in "ab":
             line(store, recover.Cell("sweep", "lora", task, 3e-3, seed), "0111")
-        for name, lr in (("houlsby", 1e-3), ("mam", 1e-3), ("ia3", 3e-3)):
+        for name, lr in (("houlsby", 1e-3), ("mam-paper", 1e-3), ("ia3", 3e-3)):
             line(store, recover.Cell("sweep", name, "a", lr, seed), "1")
-    monkeypatch.setattr(recover, "default_lr", {"lora": 1e-3, "adapter": 1e-3, "mam": 5e-5}.__getitem__)
+    monkeypatch.setattr(recover, "default_lr", {"lora": 1e-3, "adapter": 1e-3, "mam-paper": 5e-5}.__getitem__)
     (tmp_path / "what.yaml").write_text(yaml.safe_dump(what, sort_keys=False))
     capsys.readouterr()
     recover.main(["--defaults", "--what", str(tmp_path / "what.yaml"), "--store", str(tmp_path / "s.jsonl")])
     assert capsys.readouterr().out.splitlines() == [
         "lora: swept a 0.003, b 0.003; default of lora 0.001: DIFFERS",
         "houlsby: swept a 0.001; default of adapter 0.001: the same",
-        "mam: swept a 0.001; default of mam 5e-05: a preset, which stays as it was published",
+        "mam-paper: swept a 0.001; default of mam-paper 5e-05: a preset, which stays as it was published",
     ]
 
 

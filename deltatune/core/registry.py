@@ -53,8 +53,9 @@ def read_preset(file: Path) -> dict[str, Any]:
 
 
 HOME = Path(__file__).parents[1]
-# method: what it stands for; model, objective, train: settings of a run that names it; lr_range: as in Entry
-PARTS = ("note", "paper", "lr_range", "method", "model", "objective", "train")
+# method: what it stands for; model, objective, train: settings of a run that names it; lr_range: as in Entry; swept: the
+# learning rate that the store of benchmarks/recover.py chose, from which a run of it starts
+PARTS = ("note", "paper", "lr_range", "swept", "method", "model", "objective", "train")
 METHODS: dict[str, Entry] = {}
 DEFAULTS: dict[str, dict[str, Any]] = read_file(HOME / "methods" / "defaults.yaml")[0]
 
@@ -224,10 +225,10 @@ def lr_range(name: str) -> tuple[float, float]:
 
 
 def default_lr(name: str) -> float:
-    """The learning rate that a run starts from: a preset's own, else the least of its methods'."""
+    """The learning rate that a run starts from: a preset's own, or swept, else the least of its methods'."""
     if name in METHODS:
         return METHODS[name].lr
-    own = PRESETS[name].get("train", {}).get("lr")
+    own = PRESETS[name].get("train", {}).get("lr") or PRESETS[name].get("swept")
     return float(own or min(METHODS[part.method_name].lr for part in build(name)))
 
 
