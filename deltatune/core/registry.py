@@ -332,13 +332,13 @@ def survey(model: nn.Module, only: str | None = None) -> dict[str, Any]:
     return {name: fits(model, name) for name in ([only] if only else [*METHODS, *PRESETS])}
 
 
-def fits(model: nn.Module, name: str) -> dict[str, Any] | Refusal | ValueError:
-    """One method or preset on this model; a Refusal where the family cannot take it, a ValueError where its defaults
-    say too little (rows of tokens nobody named) or too much."""
+def fits(model: nn.Module, spec: Any) -> dict[str, Any] | Refusal | ValueError:
+    """What `build` takes (a name, say) on this model; a Refusal where the family cannot take it, a ValueError where
+    defaults say too little (rows of tokens nobody named) or too much."""
     sites: dict[str, int] = {}
     try:
         with overwritten():  # no value is wanted
-            pairs = [pair for part in build(name) for pair in named(part, model)]
+            pairs = [pair for part in build(spec) for pair in named(part, model)]
     except (Refusal, ValueError) as error:
         return error
     except RuntimeError as error:  # a meta tensor has no values to start from
