@@ -64,6 +64,8 @@ NO_PEFT_FORM: dict[tuple[str, str], str] = {
 # unions that have no peft form although each of their parts has one
 NEVER_PEFT = {
     "prefix-mlp": "only the folded prefix has a peft form",
+    "ptuning": "only the folded prompt has a peft form",
+    "ptuning-mlp": "only the folded prompt has a peft form",
     "prompt-tasks": "peft trains one prompt at a time",
     "prompts": "peft trains one prompt at a time",
     "lora+ia3": "a peft folder holds one method",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from deltatune.cli import main
@@ -283,6 +284,39 @@ def test_methods_counts_sites_and_parameters_of_a_model(tmp_path):
     text = call("methods", "--model", str(tmp_path)).stdout
     assert "2 self_attn.k_proj" in text
     assert "refused: BitFit" in text
+
+
+def test_the_list_shows_all_that_the_registry_knows_in_a_hundred_columns(tmp_path, monkeypatch):
+    from models import tiny
+
+    monkeypatch.setattr("deltatune.commands.methods.screen", lambda: Console(width=100, highlight=False))
+    tiny("llama", num_hidden_layers=9).save_pretrained(tmp_path)
+    for flags, sites in (((), ""), (("--model", str(tmp_path)), "9 self_attn.v_proj")):
+        lines = call("methods", *flags).stdout.splitlines()
+        assert max(map(len, lines)) <= 100
+        text = " ".join(" ".join(lines).split())
+        assert "peft LORA; r: paper, table 9; alpha, all linear layers: ours; lr: ours)" in text
+        assert sites in text
+    assert "4 model.layers.5-8 (lr: default of its methods)" in text  # AdapterDrop's, one a block
+
+
+RANGES = [
+    ({"h.5": 1, "h.6": 1, "h.7": 1}, {"h.5-7": 3}),
+    ({"h.0": 1, "h.2": 1, "h.3": 1, "h.10": 2}, {"h.0,2-3,10": 5}),
+    ({"layer.0.k": 2, "layer.1.k": 4, "layer.1.v": 4}, {"layer.0-1.k": 6, "layer.1.v": 4}),
+    (
+        {"mlp.fc1": 2, "mlp.fc2": 2, "q": 3},
+        {"mlp.fc1": 2, "mlp.fc2": 2, "q": 3},
+    ),  # a number in a word says another layer
+    ({"a.0.b.0": 1, "a.0.b.1": 1}, {"a.0.b.0": 1, "a.0.b.1": 1}),
+]
+
+
+@pytest.mark.parametrize(("sites", "shown"), RANGES)
+def test_sites_that_differ_in_a_number_are_one(sites, shown):
+    from deltatune.commands.methods import ranged
+
+    assert ranged(sites) == shown
 
 
 def test_schema_is_a_document():

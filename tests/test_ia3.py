@@ -53,11 +53,10 @@ def test_twenty_steps_have_pefts_losses(family):
             losses.append(loss.item())
         curves.append(losses)
     assert sum(p.numel() for p in trainable(ours).values()) == sum(p.numel() for p in chosen)
-    assert curves[0] == pytest.approx(curves[1], abs=2e-4)
-    assert curves[0][:3] == pytest.approx(curves[1][:3], abs=2e-5)
+    assert curves[0] == pytest.approx(curves[1], abs=2e-5)
     assert abs(curves[0][-1] - curves[0][1]) > 1e-2
     given = {k: v for k, v in inputs(ours).items() if k != "labels" or ours.config.is_encoder_decoder}
-    close(logits(ours, given), logits(theirs, given), 2e-4)
+    close(logits(ours, given), logits(theirs, given), 2e-5)
 
 
 @pytest.mark.parametrize("method", [IA3(), LoRA(r=4)], ids=["ia3", "lora"])

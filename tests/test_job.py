@@ -41,11 +41,11 @@ def test_activations_are_recomputed_when_memory_would_not_do(made, monkeypatch):
 
 def test_recomputation_lowers_the_prediction(made):
     one = job(made)
-    parts = memory.estimate(one, one.trainable())
+    parts = memory.estimate(one)
     assert parts["total"] == sum(v for k, v in parts.items() if k != "total")
     assert parts["weights"] == 4 * sum(p.numel() for n, p in one.model.named_parameters() if "delta_slot" not in n)
     one.recompute = True
-    assert memory.estimate(one, one.trainable())["activations"] < parts["activations"]
+    assert memory.estimate(one)["activations"] < parts["activations"]
 
 
 def test_the_model_is_given_back_as_it_was(made):

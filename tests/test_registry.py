@@ -76,6 +76,7 @@ def test_entries_are_whole():
         "lora": "LORA",
         "prefix": "PREFIX_TUNING",
         "prompt": "PROMPT_TUNING",
+        "ptuning": "PROMPT_TUNING",
     }
     with pytest.raises(ValueError, match="choose from linear"):
         method("x", paper="", kind="magic")

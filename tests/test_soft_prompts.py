@@ -495,8 +495,8 @@ def test_twenty_steps_go_as_in_peft(tmp_path, family, name):
     agree(model, own, theirs, asked)
     losses = twenty_losses(model, own, list(trainable(model).values()))
     assert losses[-1] < losses[0] - 0.01
-    np.testing.assert_allclose(losses, twenty_losses(theirs, asked, chosen), rtol=0, atol=2e-4)
-    agree(model, own, theirs, asked, 2e-4)
+    np.testing.assert_allclose(losses, twenty_losses(theirs, asked, chosen), rtol=0, atol=2e-5)
+    agree(model, own, theirs, asked, 2e-5)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by the old name

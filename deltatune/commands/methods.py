@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +20,10 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on standar
 START = """Start here: --method lora, which suits every objective. ia3 trains the fewest
 numbers, for few rows; qlora where the model does not fit into memory.
 """
+
+
+ORDINAL = re.compile(r"((?:[^.]*\.)*?)(\d+)((?:\..*)?)")  # the first part of a dotted name that is a number
+ORIGIN = "(peft type; source of defaults)"
 
 
 def listing(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -62,15 +68,45 @@ def spelled(record: dict[str, Any]) -> str:
         if key in record:
             return f"{key}: {record[key]}"
     if "sites" in record:
-        return ", ".join(f"{count} {site}" for site, count in record["sites"].items())
+        return ", ".join(f"{count} {site}" for site, count in ranged(record["sites"]).items())
     return str(record.get("doc") or record.get("note") or "")
+
+
+def ranged(sites: Mapping[str, int]) -> dict[str, int]:
+    """Sites whose names differ in the first number only as one, with how many they are together: {"h.5-11": 7}."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for site in sites:
+        found = ORDINAL.fullmatch(site)
+        before, number, after = found.groups() if found else (site, "", "")
+        alike.setdefault((before, after), []).append(number)
+    return {
+        f"{before}{spans(int(n) for n in numbers if n)}{after}": sum(sites[f"{before}{n}{after}"] for n in numbers)
+        for (before, after), numbers in alike.items()
+    }
+
+
+def spans(numbers: Iterable[int]) -> str:
+    """5, 6, 7, 9 -> '5-7,9'."""
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def origin(record: Mapping[str, Any]) -> str:
+    """The peft type of its saved form, where it has one, and whose the defaults are."""
+    return "; ".join(part for part in (record["peft"] and f"peft {record['peft']}", record["source"]) if part)
 
 
 def cells(record: dict[str, Any], counted: bool) -> list[str]:
     """One line of the table; counted: with the trainable numbers of a model."""
     found = [record["name"], record["paper"] or "", record["kind"] or "", "yes" if record["mergeable"] else "no"]
     found += [f"{record['parameters']:,}" if "parameters" in record else "-"] if counted else []
-    return [*found, spelled(record).replace("[", r"\[")]
+    said, more = escape(spelled(record)), origin(record)
+    return [*found, f"{said} [dim]({escape(more)})[/dim]" if more and "refused" not in record else said]
 
 
 def page(found: dict[str, Any], model: str | None) -> Table:
@@ -110,7 +146,7 @@ def methods(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """List methods and presets: paper, kind, merging, what it is. With NAME: its page, fields and defaults too."""
+    """List methods and presets: paper, kind, merging, peft type, whose the defaults are. With NAME: its page."""
     if name is not None:
         one(name, model)
         return
@@ -120,9 +156,9 @@ def methods(
         return
     screen().print(START, markup=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    what = ["parameters", "sites"] if model else ["what it is"]
+    what = ["parameters", f"sites {ORIGIN}"] if model else [f"what it is {ORIGIN}"]
     for column in ("name", "arXiv", "kind", "merge", *what):
-        wraps, right = column in ("what it is", "sites"), column == "parameters"
+        wraps, right = column.endswith(ORIGIN), column == "parameters"
         width = 20 if wraps else None
         table.add_column(
             column, overflow="fold", no_wrap=not wraps, justify="right" if right else "left", min_width=width
@@ -130,7 +166,7 @@ def methods(
     for record in records:
         table.add_row(*cells(record, model is not None))
     screen().print(table)
-    screen().print("\nfields, defaults, source, the paper's recipe: deltatune methods NAME")
+    screen().print("\nfields, defaults, the paper's recipe: deltatune methods NAME")
     screen().print("sites and trainable parameters on a model: deltatune methods --model REF")
 
 

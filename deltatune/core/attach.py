@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
-from .delta import SLOT, Delta, Given, Refusal, inmost
+from .delta import SLOT, Delta, Given, Refusal, inmost, named
 from .fingerprint import fingerprint
 from .inplace import InPlace, InPlaceBias, refuse_rows
 from .places import tabled
@@ -63,14 +63,6 @@ def attach(model: nn.Module, method: Method | Sequence[Method], name: str = "def
         end_if_empty(model)
         raise
     return model
-
-
-def named(method: Method, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
-    """The deltas of `method`, knowing what their users call them."""
-    for site, delta in method.deltas(model):
-        delta.what = delta.what or type(method).__name__
-        delta.method = method
-        yield site, delta
 
 
 def prepare(model: nn.Module, name: str, given: Given) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -80,6 +81,7 @@ class Delta(nn.Module):
     on = False  # in-place: whether the layer holds the trained tensors now
     rates: Mapping[str, float] = MappingProxyType({})  # own parameter -> multiple of the run's learning rate
     ready = True  # False: `prepare` must see training rows first
+    keeps: Mapping[str, float] = MappingProxyType({})  # own parameter -> share that trains once its method has chosen
     width: int | None = None  # of what it reads itself, where that is not its layer's input
     alone = ""  # why a batch's rows cannot hear this delta or not, one by one; "" where they can
     unpruned = ""  # why its matrices cannot be pruned before training; "" where they can
@@ -207,6 +209,7 @@ class Wrapped(Delta):
         super().__init__()
         self.inner, self.waits = inner, inner.waits
         self.rates = {f"inner.{name}": rate for name, rate in inner.rates.items()}
+        self.keeps = {f"inner.{name}": share for name, share in inner.keeps.items()}
         self.conditional = inner.conditional
 
     @property
@@ -271,9 +274,32 @@ class Wrapped(Delta):
         return self.own() | {f"inner.{name}": p for name, p in self.inner.trained(layer).items()}
 
 
+def named(method: Any, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
+    """The deltas of `method`, knowing what their users call them."""
+    for site, delta in method.deltas(model):
+        delta.what = delta.what or type(method).__name__
+        delta.method = method
+        yield site, delta
+
+
 def inmost(delta: Delta) -> Delta:
     """The delta that makes the change, out of all that gates and routes it."""
     return inmost(delta.inner) if isinstance(delta, Wrapped) else delta
+
+
+def to_train(found: Sequence[tuple[nn.Module, Delta]]) -> int:
+    """How many numbers of these (layer, delta) train once their methods have chosen; what is shared counts once.
+
+    A method keeps a share of all its matrices together, so its numbers are rounded once. What it has chosen already
+    goes by another name (core.sparse.thin), and counts as it is.
+    """
+    sizes: dict[tuple[int, float], dict[int, int]] = {}
+    for layer, delta in found:
+        for name, parameter in delta.trained(layer).items():
+            share = delta.keeps.get(name, 1.0)
+            group = (0 if share == 1 else id(inmost(delta).method), share)
+            sizes.setdefault(group, {})[id(parameter)] = parameter.numel()
+    return sum(math.ceil(share * sum(group.values())) for (_, share), group in sizes.items())
 
 
 def within(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

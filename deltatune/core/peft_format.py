@@ -26,7 +26,7 @@ from .attach import known
 from .delta import Delta
 from .manifest import CONFIG
 from .peft_parts import PREFIX, TENSORS, Parts, all_of, body, short_names
-from .registry import whole
+from .registry import METHODS, whole
 from .site import head_modules, is_conv1d, put, take, widths
 from .slot import slots
 
@@ -44,6 +44,8 @@ def writable(model: nn.Module, name: str) -> str | None:
     if len(methods) != 1:
         return None
     (only,) = methods
+    if METHODS[only.method_name].peft is None:  # whatever it is derived from
+        return None
     if isinstance(only, LoRA | AdaLoRA) and any(UNTOLD.search(layer) for layer in body(model, name)):
         return None
     if isinstance(only, LoRA):

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..aliases import meant
 from ..marks import ConfigError, Problem, read_file
-from .delta import Refusal
+from .delta import Refusal, named, overwritten, to_train
 from .site import block_of
 
 KINDS = ("linear", "rescale", "adapter", "attention", "embedding", "selective")
@@ -328,29 +328,25 @@ def refused(model: nn.Module) -> dict[str, Refusal]:
 
 def survey(model: nn.Module, only: str | None = None) -> dict[str, Any]:
     """Method or preset (all, or `only` one), with its defaults -> what it is on this model ({"sites": {layer of a
-    block: how many}, "parameters": trainable numbers}), or the error that says why not. A model on the meta device is
+    block: how many}, "parameters": numbers that train}), or the error that says why not. A model on the meta device is
     enough."""
     return {name: fits(model, name) for name in ([only] if only else [*METHODS, *PRESETS])}
 
 
-def fits(model: nn.Module, name: str) -> dict[str, Any] | Refusal | ValueError:
-    """One method or preset on this model; a Refusal where the family cannot take it, a ValueError where its defaults
-    say too little (rows of tokens nobody named) or too much."""
+def fits(model: nn.Module, spec: Any) -> dict[str, Any] | Refusal | ValueError:
+    """What `build` takes (a name, say) on this model; a Refusal where the family cannot take it, a ValueError where
+    defaults say too little (rows of tokens nobody named) or too much."""
     sites: dict[str, int] = {}
-    trained: dict[int, int] = {}  # by identity: shared parameters count once
-    kept: list[Any] = []  # alive until the end, or an identity could be taken twice
     try:
-        for part in build(name):
-            for site, delta in part.deltas(model):
-                own = delta.trained(model.get_submodule(site.write))
-                if not own:  # it watches
-                    continue
-                kind = site.key.removeprefix(f"{block_of(f'{site.write}.')}.")  # the same in every block
-                sites[kind] = sites.get(kind, 0) + 1
-                trained |= {id(parameter): parameter.numel() for parameter in own.values()}
-                kept.append(delta)
+        with overwritten():  # no value is wanted
+            pairs = [pair for part in build(spec) for pair in named(part, model)]
     except (Refusal, ValueError) as error:
         return error
     except RuntimeError as error:  # a meta tensor has no values to start from
         return ValueError(f"cannot be counted without the weights ({str(error).splitlines()[0]})")
-    return {"sites": sites, "parameters": sum(trained.values())}
+    found = [(model.get_submodule(site.write), delta) for site, delta in pairs]
+    for (site, _), (layer, delta) in zip(pairs, found, strict=True):
+        if delta.trained(layer):  # else it watches
+            kind = site.key.removeprefix(f"{block_of(f'{site.write}.')}.")  # the same in every block
+            sites[kind] = sites.get(kind, 0) + 1
+    return {"sites": sites, "parameters": to_train(found)}

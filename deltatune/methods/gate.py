@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.attach import named
-from ..core.delta import Delta, Refusal, Wrapped, overrides
+from ..core.delta import Delta, Refusal, Wrapped, named, overrides
 from ..core.registry import choice, method, whole
 from ..core.routing import Now, Watch, per_token, pooled, readings, spread, width_of
 from ..core.site import Site

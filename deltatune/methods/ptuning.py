@@ -23,6 +23,7 @@ ENCODERS = ("lstm", "mlp")
     "ptuning",
     paper="2103.10385",
     kind="embedding",
+    peft="PROMPT_TUNING",
     virtual=True,
     identity=False,
     tiny={"": {"length": 3}, "ptuning-mlp": {"length": 2, "encoder": "mlp", "count": 2, "tasks": ("a", "b")}},

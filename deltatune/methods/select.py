@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.delta import Delta, Dense, Given
+from ..core.delta import Delta, Dense, Given, blank
 from ..core.quant import dense
 from ..core.registry import choice, finite, method, whole
 from ..core.site import Site, linear_at
@@ -47,8 +47,8 @@ class Select:
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]:
         weights = {site: base_weight(model, site) for site in linear_at(model, self.targets, "Select")}
-        found = {site: Change(w) for site, w in weights.items()}
-        if self.by == "magnitude":
+        found = {site: Change(w, self.density) for site, w in weights.items()}
+        if self.by == "magnitude" and not blank():
             self.choose(list(found.values()), [w.abs() for w in weights.values()])
         yield from found.items()
 
@@ -80,8 +80,9 @@ class Change(Delta):
 
     ready = False
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, density: float):
         super().__init__()
+        self.keeps = {"weight": density}
         self.weight = nn.Parameter(torch.zeros_like(weight, dtype=torch.get_default_dtype()))
 
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -72,8 +72,8 @@ class Sparse:
             )
         if self.by in DATA_FREE and not blank():
             self.prune(parts, None)
-        for delta, _ in parts:
-            delta.ready = self.by in DATA_FREE
+        for delta, path in parts:
+            delta.ready, delta.keeps = self.by in DATA_FREE, {**delta.keeps, path: self.density}
         yield from found
 
     def prepare(self, model: nn.Module, deltas: Sequence[Delta], given: Given) -> None:

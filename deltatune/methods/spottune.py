@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.attach import named
-from ..core.delta import Delta, Refusal, overrides
+from ..core.delta import Delta, Refusal, named, overrides
 from ..core.inplace import InPlace
 from ..core.registry import choice, finite, flag, identity, method, whole
 from ..core.routing import Beside, Block, Now, Policy, Routed, Watch, copies_of_blocks, reads_ahead, watches

@@ -76,6 +76,8 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
     share = s["trainable_parameters"] / s["parameters"]
     rows = "streamed rows" if s["train_rows"] is None else f"{s['train_rows']} rows"
     tuned = f"{s['trainable_parameters']:,} of {s['parameters']:,} parameters ({share:.2%})"
+    kept = s.get("stored_parameters", s["trainable_parameters"])  # pruned, folded, or with a frozen start
+    tuned += "" if kept == s["trainable_parameters"] else f", {kept:,} stored"
     yield f"trained: {tuned}, {s['steps']} steps, {rows}"
     seconds = s["seconds"]
     phases = ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items())

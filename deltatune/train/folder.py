@@ -20,8 +20,10 @@ import torch
 from torch import nn
 
 from ..core.attach import known
+from ..core.delta import SLOT
 from ..core.quant import size
 from ..core.registry import METHODS
+from ..core.store import state
 from ..data.example import PARTS
 from ..data.stream import index, seekable
 from ..machine import peak_bytes
@@ -102,7 +104,8 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
         "train_rows": training_rows(job)["rows"],
         "steps": done.steps,
         "trainable_parameters": sum(p.numel() for p in done.trained.values()),
-        "parameters": sum(size(p) for p in job.model.parameters()),
+        "stored_parameters": sum(t.numel() for t in state(job.model, job.adapter).values() if t.is_floating_point()),
+        "parameters": together(job.model, done.trained),
         "peak_memory_bytes": peak_bytes(),
         "memory": done.cost.memory,
         "seconds": done.cost.seconds,
@@ -117,6 +120,12 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
         "unchecked": [str(c) for c in done.checks if c.ok is None],
         "failed": [str(c) for c in done.checks if c.ok is False],
     }
+
+
+def together(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> int:
+    """How many numbers the model had while it trained: what was trained may be pruned or folded since."""
+    base = [p for name, p in model.named_parameters() if SLOT not in name.split(".")]
+    return sum(size(p) for p in {id(p): p for p in (*base, *trained.values())}.values())
 
 
 FROM_RESULT = (

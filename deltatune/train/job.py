@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import Config, recipes
 from ..core.attach import activate, attach, attached, each, known, packing, running, trainable
 from ..core.attention import unpackable
-from ..core.delta import Given
+from ..core.delta import Given, to_train
 from ..core.registry import bound
 from ..core.site import head_modules
 from ..core.sparse import unthinned
@@ -196,6 +196,10 @@ class Job:
     def trainable(self) -> dict[str, nn.Parameter]:
         return trainable(self.model, self.adapter)
 
+    def to_train(self) -> int:
+        """How many numbers train, where rows have still to say which, too."""
+        return to_train(list(each(self.model, self.adapter)))
+
     def conditional(self) -> list[str]:
         """Keys that may see no gradient for a while: tuned in place, embeddings of words that do not occur, gates."""
         names = {m.method_name for m in known(self.model, self.adapter).methods[self.adapter]}
@@ -350,7 +354,7 @@ def recomputes(job: Job) -> bool:
         )
     if wanted != "auto" or not able:
         return wanted == "on"
-    predicted = memory.estimate(job, job.trainable())["total"]
+    predicted = memory.estimate(job)["total"]
     if predicted <= memory.free():
         return False
     job.notes.append(f"gradient checkpointing is on: {predicted / 2**30:.1f} GiB would not fit without")

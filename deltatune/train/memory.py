@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from ..core.delta import SLOT
 from ..data.media import reads
@@ -21,12 +20,13 @@ ACTIVATIONS = (
 RECOMPUTED = 2  # with gradient checkpointing only the blocks' inputs stay
 
 
-def estimate(job: Job, trainable: Mapping[str, nn.Parameter]) -> dict[str, int]:
+def estimate(job: Job) -> dict[str, int]:
     """Predicted bytes by part, and their sum `total`."""
     whole, t = job.model.config, job.config.train
     config = getattr(whole, "vision_config", whole) if reads(whole) == "image" else whole
     base = sum(p.numel() * p.element_size() for n, p in job.model.named_parameters() if SLOT not in n)
-    tuned = sum(p.numel() for p in trainable.values())
+    trainable, tuned = job.trainable(), job.to_train()
+    unchosen = sum(p.numel() for p in trainable.values()) - tuned
     masters = sum(p.numel() * 4 for p in trainable.values() if p.dtype != torch.float32)
     longest = max((row.length for row in job.rows), default=1)
     tokens = t.batch_tokens or longest * (t.batch_rows or 1)
@@ -43,6 +43,8 @@ def estimate(job: Job, trainable: Mapping[str, nn.Parameter]) -> dict[str, int]:
         # logits in fp32, their gradient, and the softmax in between
         "logits": int(tokens * supervised) * int(config.vocab_size) * 12 if job.objective.name == "sft" else 0,
     }
+    if unchosen:  # before step 1: a value, its gradient and its score, of what will not be kept
+        parts["choosing"] = unchosen * 12
     return {**parts, "total": sum(parts.values())}
 
 

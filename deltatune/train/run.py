@@ -166,15 +166,15 @@ def methods_of(model: nn.Module, adapter: str) -> list[dict[str, Any]]:
 def plan(config: Config) -> dict[str, Any]:
     """What a run would do and need: steps, rows, tokens, trainable parameters and predicted memory. Trains nothing."""
     job = prepare(resolve(config).config)
-    sampler, tuned = job.sampler(), job.trainable()
+    sampler = job.sampler()
     return {
         "rows": len(job.rows),
         "tokens": sum(r.length if r.read else len(r.ids) for r in job.rows),
         "learned_tokens": sum(r.targets for r in job.rows),
         "steps": job.steps(sampler),
-        "trainable_parameters": sum(p.numel() for p in tuned.values()),
+        "trainable_parameters": job.to_train(),
         "dtype": job.config.train.precision,
-        "predicted_memory_bytes": memory.estimate(job, tuned),
+        "predicted_memory_bytes": memory.estimate(job),
         "free_memory_bytes": memory.free(),
         "notes": job.notes,
     }
@@ -253,7 +253,7 @@ def opening(job: Job, folder: Path, store: Store) -> Opened:
 
 def before_training(job: Job) -> list[verify.Check]:
     checks = [verify.labels_audited(job), verify.covered(job), verify.starts_as_base(job)]
-    predicted = memory.estimate(job, job.trainable())
+    predicted = memory.estimate(job)
     said = memory.warning(predicted)
     seen = said or f"{predicted['total'] / 2**30:.2f} GiB predicted, {memory.free() / 2**30:.2f} GiB free"
     checks.append(verify.Check("memory", None if said else True, seen, warns=said is not None))
