@@ -95,8 +95,8 @@ def packed(lens: Sequence[int]) -> Iterator[None]:
     """Run forward passes on input_ids [1, sum(lens)] as `len(lens)` sequences that do not see each other.
 
     The model must run our attention (`use_attention`) and get `position_ids` that restart (`positions`), and no
-    attention_mask (or one of ones). Backward may run outside. Raises RuntimeError if no forward pass inside read the lengths, which
-    would mean that the sequences saw each other.
+    attention_mask (or one of ones). Backward may run outside. Raises RuntimeError if no forward pass inside read the
+    lengths, which would mean that the sequences saw each other.
     """
     if not lens or min(lens) < 1:
         raise ValueError(f"packed() needs the length of every sequence, each at least 1; got {tuple(lens)}")
