@@ -80,7 +80,9 @@ def test_houlsbys_recipe_draws_as_its_repository():
     drawn = {}
     for name in ("houlsby-paper", "houlsby"):
         model = attach(tiny("bert"), registry.build(name)[0])
-        drawn[name] = torch.cat([p.detach().flatten() for n, p in parameters(model, "default").items() if "down.w" in n])
+        drawn[name] = torch.cat(
+            [p.detach().flatten() for n, p in parameters(model, "default").items() if "down.w" in n]
+        )
     assert float(drawn["houlsby-paper"].abs().max()) <= 2e-3
     assert float(drawn["houlsby-paper"].std()) == pytest.approx(0.88e-3, rel=0.05)  # of a normal cut there
     assert float(drawn["houlsby"].std()) == pytest.approx(0.88e-2, rel=0.05)
