@@ -115,7 +115,7 @@ WHY = {
     "chance": ({}, drops, "drops out at random"),
     "blocks left out at random": ({"model": "opt"}, skips, "decoder drops out at random"),
     "once": ({"train": {"epochs": 1.0}}, None, "it reads its rows once"),
-    "a row for each answer": (CHOICE, None, "choice reads a row once with each of its answers"),
+    "a row for each answer": (CHOICE, None, "choice reads every row with its answers behind it"),
     "noise": ({"train": {"neftune": 5.0}}, None, "NEFTune draws noise anew"),
 }  # fmt: skip
 
