@@ -27,13 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 import deltatune
 from deltatune.config import Config, resolve
 from deltatune.core.registry import METHODS, PRESETS, default_lr
-from deltatune.evaluate.generate import evaluating
+from deltatune.evaluate.generate import measuring
 from deltatune.evaluate.incontext import Prompt, Search, best_untuned
 from deltatune.evaluate.intervals import Interval, mean_difference
 from deltatune.evaluate.metrics import find
@@ -185,7 +184,7 @@ def trained(task: Table, method: Any, cell: Cell, folder: Path) -> Iterator[tupl
 def measured(metric: str, job: Any, file: Path) -> Row:
     """The tuned model's score on one split."""
     rows, wanted = answered(job, read([str(file)], job.config, []))
-    with evaluating(job.model), torch.no_grad():
+    with measuring(job.model):
         return compact(metric, predict(job, rows)[0], wanted)
 
 

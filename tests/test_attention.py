@@ -27,7 +27,7 @@ from deltatune.core.attention import (
 )
 from deltatune.core.delta import SLOT, Refusal
 from deltatune.core.site import trunk
-from models import FAMILIES, inputs, tiny
+from models import FAMILIES, enliven, inputs, tiny
 
 CAUSAL = [f for f, it in FAMILIES.items() if it.kind == "causal"]
 PACKABLE = [f for f, it in FAMILIES.items() if it.kind != "seq2seq"]
@@ -263,7 +263,7 @@ def test_packing_that_nobody_reads_is_an_error():
     ("lens", "batch", "message"),
     [
         ((3, 5), {}, r"packed\(\[3, 5\]\) is for input_ids \[1, 8\], but the model got \[1, 7\]"),
-        ((3, 4), {"attention_mask": torch.ones(1, 7)}, "has no padding"),
+        ((3, 4), {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1, 0]])}, "has no padding"),
         ((7, 0), {}, "at least 1"),
         ((), {}, "at least 1"),
     ],
@@ -272,6 +272,29 @@ def test_packing_mistakes(lens, batch, message):
     model = ours("llama")
     with pytest.raises(ValueError, match=message), packed(lens):
         model(**{"input_ids": ids((7,))[0], **batch})
+
+
+def test_a_mask_of_ones_is_none():
+    model, sequences = ours("llama"), ids((3, 4))
+    given = {"input_ids": torch.cat(sequences, dim=1), "position_ids": positions(model, (3, 4))}
+    with packed((3, 4)):
+        masked = model(**given, attention_mask=torch.ones(1, 7, dtype=torch.long)).logits
+    assert torch.equal(masked, torch.cat(pack(model, sequences), dim=1))
+
+
+def test_biogpt_makes_a_mask_itself_and_is_packed():
+    sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    more = {"num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 1}
+    with torch.random.fork_rng():
+        model = hf.AutoModelForCausalLM.from_config(hf.BioGptConfig(**sizes, **more)).eval()
+    enliven(model)
+    assert unpackable(model) == ""
+    use_attention(model)
+    sequences = ids()
+    alone = torch.cat([run(model, input_ids=s) for s in sequences], dim=1)
+    assert apart(torch.cat(pack(model, sequences), dim=1), alone) <= 2e-6
+    off = [LENS[0] + 1, LENS[1] - 1, *LENS[2:]]
+    assert apart(torch.cat(pack(model, sequences, off), dim=1), alone) > 1e-3
 
 
 def test_one_position_row_per_sequence_is_an_error():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as hf
+import yaml
 
 from conformance import logits
 from deltatune import BitFit, attach, detach, load, save
 from deltatune.core.attach import trainable
 from deltatune.core.delta import Refusal
 from deltatune.core.merging import merge
+from deltatune.core.registry import build
 from deltatune.core.slot import deltas
 from models import inputs, tiny
 
@@ -52,6 +56,46 @@ def test_all_is_every_bias_of_the_body():
     whole = set(trainable(attach(tiny("bert"), BitFit())))
     assert set(trainable(attach(tiny("bert"), BitFit(("all",))))) == whole
     assert "bert.embeddings.LayerNorm.bias" in whole
+
+
+OUTSIDE = {  # and of a model without a pooler, a decoder, two stacks
+    ("bert", "classify"): {"bert.embeddings.LayerNorm", "bert.pooler.dense"},
+    ("bert", "lm"): {"bert.embeddings.LayerNorm"},
+    ("gpt2", "lm"): {"transformer.ln_f"},
+    ("bart", "lm"): {"model.encoder.layernorm_embedding", "model.decoder.layernorm_embedding"},
+}
+
+
+@pytest.mark.parametrize("place", OUTSIDE, ids=str)
+def test_what_stands_outside_the_blocks_can_be_named(place):
+    """No head's: of a classifier's own bias BitFit knows nothing."""
+    names = trainable(attach(tiny(*place), BitFit(("outside",))))
+    assert set(names) == {f"{layer}.bias" for layer in OUTSIDE[place]}
+
+
+ALL = (*BERT, "outside")
+
+
+@pytest.mark.parametrize("left_out", ALL)
+def test_all_terms_but_one_are_all_biases_but_those(left_out):
+    named = set(trainable(attach(tiny("bert", "classify"), BitFit(tuple(term for term in ALL if term != left_out)))))
+    whole = set(trainable(attach(tiny("bert", "classify"), BitFit())))
+    assert whole - named == set(trainable(attach(tiny("bert", "classify"), BitFit((left_out,)))))
+    assert named < whole
+
+
+def test_the_ablation_that_is_measured_leaves_out_exactly_what_it_says():
+    """On the shape of its base (6 blocks of 384, a head of two classes, which has 770): 384 and 1,536 a block."""
+    entries = yaml.safe_load((Path(__file__).parents[1] / "benchmarks" / "recover.yaml").read_text())["methods"]
+    sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+    counts = {}
+    for name in ("bitfit-without-query", "bitfit-without-intermediate"):
+        with torch.device("meta"):
+            model = hf.AutoModelForSequenceClassification.from_config(hf.BertConfig(**sizes))
+            (method,) = build(entries[name]["method"])
+            found = list(method.deltas(model))
+        counts[name] = 770 + sum(model.get_submodule(site.write).bias.numel() for site, _ in found)
+    assert counts == {"bitfit-without-query": 26_882 - 2_304, "bitfit-without-intermediate": 26_882 - 9_216}
 
 
 def test_terms_roles_and_names_go_together():
@@ -136,7 +180,7 @@ def test_drift_by_kind():
         for name, p in trainable(model).items():
             p.add_(0.25 if "query" in name else -0.5 if "intermediate" in name else 0.0)
     expected = {"query": 0.25, "key": 0.0, "value": 0.0, "intermediate": 0.5, "output": 0.0}
-    expected |= {"attention_layernorm": 0.0, "output_layernorm": 0.0, "other": 0.0}
+    expected |= {"attention_layernorm": 0.0, "output_layernorm": 0.0, "outside": 0.0}
     assert method.report(model, deltas(model))["drift"] == pytest.approx(expected, abs=1e-6)
 
 

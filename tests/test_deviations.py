@@ -34,7 +34,7 @@ from deltatune import (
 from deltatune.core.attach import fold, parameters, trainable
 from deltatune.core.slot import deltas
 from deltatune.methods import METHODS
-from deltatune.methods.ptuning import Recurrent
+from deltatune.methods._encoders import Recurrent
 from models import inputs, tiny
 
 HERE = Path(__file__).parent

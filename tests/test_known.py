@@ -107,6 +107,7 @@ def skips(model):
     model.model.decoder.layerdrop = 0.1
 
 
+CHOICE = {"rows": "label", "objective": {"choice": {"labels": {"pos": "good", "neg": "bad"}}}}
 WHY = {
     "a lower block learns": ({"method": "lora"}, None, r"layers\.0\S* is adapted"),
     "the embedding learns": ({"method": {"freeze": {"last": 1, "names": [r"model\.embed_tokens\.weight"]}}}, None,
@@ -114,6 +115,7 @@ WHY = {
     "chance": ({}, drops, "drops out at random"),
     "blocks left out at random": ({"model": "opt"}, skips, "decoder drops out at random"),
     "once": ({"train": {"epochs": 1.0}}, None, "it reads its rows once"),
+    "a row for each answer": (CHOICE, None, "choice reads every row with its answers behind it"),
     "noise": ({"train": {"neftune": 5.0}}, None, "NEFTune draws noise anew"),
 }  # fmt: skip
 
@@ -126,6 +128,13 @@ def test_what_stands_against_it_is_named(made, name):
         change(job.model)
     with in_training(job), pytest.raises(ValueError, match=f"cache_activations: on is not possible here .*{why}"):
         known.reuse(job)
+
+
+def test_auto_leaves_choice_alone(made):
+    job = prepare(config(made, **CHOICE))
+    with in_training(job):
+        known.reuse(job)
+    assert job.known is None
 
 
 def test_models_of_several_stacks_have_none():

@@ -1,16 +1,22 @@
 """Scores: the loss is the same however rows are batched, perplexity comes from it, predictions keep their order."""
 
+import json
 import math
 from collections import Counter
 
 import pytest
+import torch
 
 import tiny_run as t
+from deltatune.core.attach import parameters
 from deltatune.data.batch import pad
 from deltatune.evaluate import score as room
+from deltatune.evaluate.incontext import Prompt, label_scores
+from deltatune.evaluate.retention import Windows, retention
 from deltatune.evaluate.score import Scored, gain, intervals, mean_loss, score
 from deltatune.objectives.sft import SFT
 from deltatune.train.job import prepare
+from deltatune.train.run import resume, run
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +79,60 @@ def test_a_row_becomes_tokens_once_a_way(tmp_path, monkeypatch):
     counts = {count for (where, _), count in Counter(seen).items() if "e.jsonl" in where}
     assert counts == {1}
     assert len({way for where, way in seen if "e.jsonl" in where}) == 2
+
+
+# ---- a method that draws in evaluation -------------------------------------------------------------------------------
+DRAWS = {"spottune": {"of": [{"lora": {"r": 2}}], "hidden": 4, "pool": 3, "sample": True}}
+MEASURES = {
+    "score": lambda job: score(job, job.eval).numbers,
+    "loss alone": lambda job: score(job, job.eval, predicts=False).loss,
+    "retention": lambda job: retention(job.model, job.tokenizer, ["the cat sat on the mat " * 4], Windows(8))["nll"],
+    "label words": lambda job: label_scores(
+        job.model, job.tokenizer, Prompt("p", "{text}", {"a": " good", "b": " bad"}), ["the film is", "it was"]
+    ).tolist(),
+}
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A run's model whose blocks change what they say, each for about half of the sequences."""
+    d = tmp_path_factory.mktemp("drawn")
+    held = t.chat_rows(d / "e.jsonl", 6, 1)
+    job = prepare(t.config(t.chat_model(d / "model"), t.chat_rows(d / "rows.jsonl", 8), held, method=DRAWS))
+    g = torch.Generator().manual_seed(1)
+    for name, p in parameters(job.model, job.adapter).items():
+        p.data += 0.5 * torch.randn(p.shape, generator=g)
+        if name.endswith("up.bias"):
+            p.data.zero_()
+    return job
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_model_that_draws_is_measured_alike_twice_and_leaves_the_generator_alone(drawn, name):
+    said = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        said.append(MEASURES[name](drawn))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert said[0] == said[1]
+
+
+def test_the_model_of_these_tests_does_draw(drawn):
+    found = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        drawn.model.eval()
+        found.add(mean_loss(drawn, drawn.encode(drawn.eval)))
+    assert len(found) == 3
+
+
+def test_what_is_measured_after_training_does_not_depend_on_a_cut(tmp_path):
+    held = t.chat_rows(tmp_path / "e.jsonl", 6, 1)
+    settings = t.config(t.chat_model(tmp_path / "model"), t.chat_rows(tmp_path / "rows.jsonl", 8), held, method=DRAWS)
+    run(settings, out=tmp_path / "straight", observers=())
+    assert run(settings, out=tmp_path / "cut", observers=[t.Stop()]).status == "interrupted"
+    assert resume(tmp_path / "cut").status == "done"
+    one, two = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("straight", "cut"))
+    assert one["after"] == two["after"]
+    assert one["before"] == two["before"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -23,7 +24,8 @@ from deltatune.core.store import prompt_sets, state
 from deltatune.data.batch import pad, side_by_side
 from deltatune.data.encode import Encoded
 from deltatune.methods import METHODS, build
-from deltatune.methods._rows import sampled
+from deltatune.methods._encoders import Recurrent, feedforward, fit
+from deltatune.methods._rows import Rows, sampled
 from deltatune.objectives.common import combined
 from models import inputs, tiny
 from test_methods import bert, fill, llama_3b
@@ -274,6 +276,39 @@ def test_an_encoder_starts_where_a_prompt_would(method):
     assert len(set(near.indices.tolist())) == len(delta.vectors())
     (drawn,) = deltas(attach(tiny("llama"), dataclasses.replace(method, init="random")))
     assert (drawn.vectors()[:, None] - words).norm(dim=-1).min() > 0.1 * words.norm(dim=1).mean()
+
+
+# encoder, vectors of 32 numbers up to 3: (largest distance by the words' size, largest weight)
+FITS = {("lstm", 20): (1e-5, 20), ("mlp", 20): (1e-5, 20), ("lstm", 24): (1e-5, 30), ("lstm", 48): (0.7, 20)}
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("encoder", "n"), FITS)
+def test_many_vectors_are_fitted_by_moderate_weights(encoder, n, seed):
+    """ReLUs of an LSTM's small outputs depend on each other: fitted as they are, weights of 900 leave a quarter."""
+    torch.manual_seed(seed)
+    words = nn.Embedding(97, 32)
+    wanted = words.weight[torch.randperm(97)[:n]].detach()
+    made = Rows(words, torch.randn(n, 32), n, Recurrent(32) if encoder == "lstm" else feedforward(32))
+    fit(made, wanted)
+    far, largest = FITS[encoder, n]
+    assert (made.vectors() - wanted).norm() < far * wanted.norm()
+    assert max(p.abs().max() for p in made.encode.parameters()) < largest
+
+
+def test_few_vectors_are_fitted_by_the_last_layer_alone():
+    """By the smallest change of it, as a least-squares solver finds it."""
+    torch.manual_seed(0)
+    words, inputs = nn.Embedding(97, 32), torch.randn(3, 32)
+    made = Rows(words, inputs, 3, Recurrent(32))
+    was = copy.deepcopy(made.encode.state_dict())
+    fit(made, words.weight[:3].detach())
+    now = made.encode.state_dict()
+    assert [name for name in was if not torch.equal(was[name], now[name])] == ["mlp.2.weight", "mlp.2.bias"]
+    seen = made.encode.mlp[:2](made.encode.lstm(inputs[None])[0])[0].detach().double()
+    missing = words.weight[:3].detach() - seen.float() @ was["mlp.2.weight"].T - now["mlp.2.bias"]
+    change = torch.linalg.lstsq(seen, missing.double(), driver="gelsd").solution.T.float()
+    torch.testing.assert_close(now["mlp.2.weight"], was["mlp.2.weight"] + change, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", [Prompt, PTuning])

@@ -65,6 +65,7 @@ RUNS = {  # method, objective, model, rows
     "spottune-full": ({"spottune": {"of": "full", **SMALL}}, "classify", "masked", "labels"),
     "spottune-delta": ({"spottune": {"of": "ia3", "level": "delta", **SMALL}}, "classify", "masked", "labels"),
     "unipelt": ("unipelt", "sft", "chat", "chat"),
+    "unipelt-paper": ("unipelt-paper", "sft", "chat", "chat"),
     "gate-seq2seq": ({"gate": {"of": ["ia3", {"prefix": {"length": 2}}]}}, CHOICE, "seq2seq", "labels"),
     "bitfit": ({"bitfit": {"targets": ["query", "intermediate"]}}, "classify", "masked", "labels"),
     "bitfit-create": ({"bitfit": {"targets": ["query", "intermediate"], "create": True}}, "sft", "chat", "chat"),

@@ -95,8 +95,8 @@ def packed(lens: Sequence[int]) -> Iterator[None]:
     """Run forward passes on input_ids [1, sum(lens)] as `len(lens)` sequences that do not see each other.
 
     The model must run our attention (`use_attention`) and get `position_ids` that restart (`positions`), and no
-    attention_mask. Backward may run outside. Raises RuntimeError if no forward pass inside read the lengths, which
-    would mean that the sequences saw each other.
+    attention_mask (or one of ones). Backward may run outside. Raises RuntimeError if no forward pass inside read the
+    lengths, which would mean that the sequences saw each other.
     """
     if not lens or min(lens) < 1:
         raise ValueError(f"packed() needs the length of every sequence, each at least 1; got {tuple(lens)}")
@@ -125,7 +125,7 @@ def make_mask(*, batch_size: int, q_length: int, kv_length: int, **how: Any) -> 
     if pack is None:
         return sdpa_mask(batch_size=batch_size, q_length=q_length, kv_length=kv_length, **how)
     _check_pack(pack, (batch_size, q_length, kv_length), how)
-    pack.read = True
+    pack.read, how = True, how | {"attention_mask": None}  # all ones, where there is one
     starts = tuple(accumulate(pack.lens, initial=0))
     order = {n: tuple(i for i, m in enumerate(pack.lens) if m == n) for n in dict.fromkeys(pack.lens)}
     return Packed(pack.lens, tuple(_group(n, o, tuple(starts[i] for i in o), how) for n, o in order.items()))
@@ -170,7 +170,8 @@ def _check_pack(pack: _Pack, shape: tuple[int, int, int], how: Mapping[str, Any]
         raise ValueError(
             f"packed({list(pack.lens)}) is for input_ids [1, {sum(pack.lens)}], but the model got [{rows}, {queries}]"
         )
-    if how.get("attention_mask") is not None:
+    mask = how.get("attention_mask")  # BioGPT makes one itself where none is given, of ones
+    if mask is not None and not (mask.ndim == 2 and bool(mask.all())):
         raise ValueError("a packed batch has no padding: leave attention_mask out, packed(lens) says what sees what")
 
 

@@ -1,4 +1,5 @@
-"""The kinds of bias of a transformer block, under the names that BitFit's paper gives them (arXiv:2106.10199)."""
+"""The kinds of bias of a transformer: those of its blocks under the names of BitFit's paper (arXiv:2106.10199), and
+those outside them, which the paper trains with all and has no name for."""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ from torch import nn
 
 from .delta import Refusal
 from .registry import nearest
-from .site import ROLES, Site, at, block_linears, block_of, is_norm, layers, plays
+from .site import ROLES, Site, at, block_linears, block_of, is_norm, layers, plays, trunk
 
 # "output" is both projections back into the residual stream, as in the paper's code
 TERMS: dict[str, tuple[str, ...]] = {
     "query": ("q",), "key": ("k",), "value": ("v",), "intermediate": ("up",), "output": ("o", "down"),
-    "attention_layernorm": (), "output_layernorm": (),
+    "attention_layernorm": (), "output_layernorm": (), "outside": (),
 }  # fmt: skip
 DRIFT = {"q": "query", "k": "key", "v": "value", "up": "intermediate", "o": "output", "down": "output"}
 
@@ -28,9 +29,17 @@ def norms(model: nn.Module) -> dict[str, str]:
     return {n: ("output" if n in ends else "attention") + "_layernorm" for names in by_block.values() for n in names}
 
 
+def outside(model: nn.Module) -> set[str]:
+    """The layers of the body with a bias outside its blocks: the embeddings' norm, a last norm, a pooler."""
+    inner = {id(p) for p in trunk(model).parameters()}
+    return {name for name, layer in layers(model) if not block_of(name) and id(layer._parameters.get("bias")) in inner}
+
+
 def kind_of_bias(model: nn.Module, name: str) -> str:
-    """The paper's term for the bias of layer `name`; "other" for embeddings, poolers and fused projections."""
-    played = [DRIFT[role] for role in ROLES if block_of(name) and plays(name, role)]
+    """The term for the bias of layer `name`; "other" for fused projections and what else of a block has no name."""
+    if not block_of(name):
+        return "outside"
+    played = [DRIFT[role] for role in ROLES if plays(name, role)]
     return played[0] if len(played) == 1 else norms(model).get(name, "other")
 
 
@@ -41,6 +50,8 @@ def term_sites(model: nn.Module, targets: Sequence[str]) -> set[str]:
     for target in (targets,) if isinstance(targets, str) else targets:
         if target == "all":
             found |= set(block_linears(model))
+        elif target == "outside":
+            found |= outside(model)
         elif target.endswith("_layernorm") and target in TERMS:
             found |= {name for name, kind in norms(model).items() if kind == target}
         else:

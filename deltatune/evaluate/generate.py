@@ -116,7 +116,7 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[Any], settings: Decodi
     found: list[list[int]] = [[] for _ in units]
     start, budget = time.perf_counter(), settings.batch_tokens or room(model) // settings.beams
     side = asked.count if asked.together else 1
-    with evaluating(model), private_rng(model.device, settings.seed):
+    with measuring(model, settings.seed):
         sizes = [max(len(front), rows[0].size) if hears(rows[0]) else len(rows[0]) for rows in units]
         for group in grouped(sizes, settings.max_new_tokens, max(1, budget // side)):
             with rows_of(model, group, len(units)):
@@ -273,6 +273,15 @@ def private_rng(device: torch.device | str, seed: int) -> Iterator[None]:
         torch.default_generator.manual_seed(seed)
         if kind:
             torch.get_device_module(kind).manual_seed(seed)
+        yield
+
+
+@contextmanager
+def measuring(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """What a model is measured in: evaluation mode, no gradient, and a generator of its own, since a method may draw in
+    evaluation too (SpotTune's `sample`). The same model says the same, whatever was drawn before."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    with evaluating(model), private_rng(device, seed), torch.no_grad():
         yield
 
 

@@ -19,10 +19,10 @@ from .generate import (
     Decoding,
     can_generate,
     chat_text,
-    evaluating,
     fits,
     generate,
     grouped,
+    measuring,
     open_ids,
     padded,
     padding_id,
@@ -278,7 +278,7 @@ def _causal(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> np.ndarray:
         inputs.setdefault(before + after[:-1], []).append(i)
     rows = list(inputs)
     found = np.zeros(len(pairs))
-    with evaluating(model), torch.no_grad():
+    with measuring(model):
         begun = front(model, [before for before, _ in pairs])
         known = begun.length if begun else 0
         budget = min(BATCH_TOKENS, room(model) * (max(map(len, rows)) - known) // max(map(len, rows)))
@@ -316,7 +316,7 @@ def _seq2seq(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> np.ndarray:
     pad = padding_id(model, tokenizer)
     start = model.config.decoder_start_token_id
     found = np.zeros(len(pairs))
-    with evaluating(model), torch.no_grad():
+    with measuring(model):
         for group in grouped([len(b) + len(a) for b, a in pairs], 0, BATCH_TOKENS):
             ids, mask = padded([pairs[g][0] for g in group], pad, left=False)
             fed, _ = padded([(pad if start is None else start, *pairs[g][1][:-1]) for g in group], pad, left=False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .generate import evaluating, free, grouped, padded, padding_id
+from .generate import free, grouped, measuring, padded, padding_id
 from .intervals import Resampling, mean_difference
 from .metrics import find, perplexity
 
@@ -66,7 +66,7 @@ def retention(
         )
     rows = cut(model, tokenizer, texts, settings)
     result = {"kind": kind, "sha256": digest(texts, settings), "rows": len(rows)}
-    with evaluating(model), torch.no_grad():
+    with measuring(model):
         if kind == "drift":
             return result | _drift(model, tokenizer, rows, settings, base)
         sums = _likelihoods(model, tokenizer, rows, settings, base)

@@ -14,7 +14,7 @@ from ..data.batch import Batching, plan
 from ..data.encode import Encoded
 from ..data.example import Example
 from .cache import Front, front, room
-from .generate import Decoding, answers, evaluating, fits
+from .generate import Decoding, answers, fits, measuring
 from .hear import opening
 from .incontext import Prompt, Search, best_untuned
 from .intervals import difference, interval, plain
@@ -61,7 +61,7 @@ def score(job: Job, examples: Sequence[Example], names: Sequence[str] = (), pred
 
     Perplexity comes from the loss, everything else from predictions; `predicts=False` makes none.
     """
-    with evaluating(job.model), torch.no_grad():
+    with measuring(job.model):
         loss = mean_loss(job, [row for rows in job.measured(examples) for row in rows])
         names = tuple(names) or metrics_for(job, examples)
         by_loss = {"perplexity": perplexity(loss, 1)} if job.objective.name == "sft" else {}

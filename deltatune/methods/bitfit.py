@@ -22,8 +22,8 @@ class BitFit:
     """The biases of the model's body, or those that `targets` name: the paper's terms, roles, layer names or regexes.
 
     Terms: query, key, value, intermediate, output (of attention and feed-forward), attention_layernorm,
-    output_layernorm, all. create: linear targets without a bias get one that starts at zero; left out, only what is
-    there trains. Parameters: one per output feature.
+    output_layernorm, outside (the blocks: the embeddings' norm, a pooler), all. create: linear targets without a bias
+    get one that starts at zero; left out, only what is there trains. Parameters: one per output feature.
     """
 
     targets: tuple[str, ...] = ()

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.delta import Delta, blank
 from ..core.registry import choice, method
 from ..core.site import Site
+from ._encoders import Recurrent, feedforward, fit
 from ._place import place
 from ._rows import Rows
 from .prompt import Prompt
@@ -34,7 +35,8 @@ class PTuning(Prompt):
 
     encoder "lstm" (the paper's): two bidirectional layers of d / 2 units a direction, then d -> d, ReLU, d -> d;
     "mlp": three layers of d. init "random": what that makes of random inputs, as in the authors' program; otherwise as
-    in Prompt, the encoder's last layer fitted to make those vectors (exactly, while they are no more than d).
+    in Prompt, the encoder's last layer fitted to make those vectors: exactly up to rounding while they are no more
+    than three quarters of d; of more, the nearest that moderate weights make, since the ReLU's outputs are dependent.
     count: so many prompts through one encoder, combined as those of Prompt; tasks: each has prompts of its own, made by
     the one encoder that all tasks share.
     Parameters: n = tasks count length d; while training n + 14 d^2 + 18 d (lstm) or n + 3 d^2 + 3 d (mlp).
@@ -58,34 +60,3 @@ class PTuning(Prompt):
         if self.init != "random" and not blank() and not layer.weight.is_meta:
             fit(made, self.starts(layer).to(inputs))
         yield site, made
-
-
-@torch.no_grad()
-def fit(rows: Rows, wanted: Tensor) -> None:
-    """Change the encoder's last layer by as little as makes `rows` the vectors `wanted` [n, d]."""
-    last, seen = [m for m in rows.encode.modules() if isinstance(m, nn.Linear)][-1], list[Tensor]()
-    handle = last.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
-    rows.vectors()
-    handle.remove()
-    last.bias.copy_(wanted.mean(0) - (seen[0] @ last.weight.T).mean(0))
-    missing = wanted - seen[0] @ last.weight.T - last.bias
-    last.weight += (torch.linalg.pinv(seen[0].double()) @ missing.double()).T.float()
-
-
-def feedforward(d: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d))
-
-
-class Recurrent(nn.Module):
-    """x [prompts, length, d] -> the same shape."""
-
-    def __init__(self, d: int):
-        super().__init__()
-        if d % 2:
-            raise ValueError(f"PTuning encoder 'lstm' halves the embedding's width, which is {d}: choose 'mlp'")
-        self.lstm = nn.LSTM(d, d // 2, num_layers=2, bidirectional=True, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, d))
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.backends.cudnn.flags(enabled=False):  # its backward needs training mode, and is not deterministic
-            return self.mlp(self.lstm(x)[0])

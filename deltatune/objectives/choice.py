@@ -48,6 +48,7 @@ class Choice:
     packs = False
     task_head = False
     continues = True  # what is measured stands behind what rows begin with
+    rereads = "choice reads every row with its answers behind it"  # why its forward pass is not over a batch's rows
 
     def __post_init__(self) -> None:
         pairs = self.labels.items() if isinstance(self.labels, Mapping) else self.labels

@@ -222,6 +222,8 @@ def unfit(job: Job) -> str:
         return "it reads its rows once"
     if job.prompts > 1 or job.config.train.neftune:
         return "every row is read by several prompts" if job.prompts > 1 else "NEFTune draws noise anew"
+    if why := getattr(job.objective, "rereads", ""):
+        return why
     return "pictures and sounds are read anew" if any(row.read is not None for row in job.rows) else ""
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..blocks import over
@@ -21,7 +20,7 @@ from ..data.readers import Row
 from ..data.sources import renamed
 from ..data.wanted import AS_IT_COMES, Intake
 from ..evaluate.asking import alone, combining, recorded
-from ..evaluate.generate import evaluating
+from ..evaluate.generate import measuring
 from ..evaluate.score import parts
 from ..objectives import build, record
 from .job import told
@@ -122,7 +121,7 @@ def answered(
     if how.prompt is not None:
         job.encoding = alone(job.encoding, how.prompt)
     told(job, "data", asked)
-    with evaluating(model), torch.no_grad():
+    with measuring(model):
         each = parts(job, asked, how.batch)
     shown = [job.objective.shown(own, example) for own, example in zip(each, asked, strict=True)]
     return [{**place(i, e), **one} for i, (e, one) in enumerate(zip(asked, shown, strict=True))], [*notes, *job.notes]

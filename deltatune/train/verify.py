@@ -24,7 +24,7 @@ from ..data.batch import Batch
 from ..data.check import Sample, pieces
 from ..data.encode import IGNORE, Encoded
 from ..data.show import safe
-from ..evaluate.generate import end_of_turn, evaluating, private_rng
+from ..evaluate.generate import end_of_turn, measuring
 from ..methods.budget import Budget
 from ..methods.triplets import Triplets
 from ..objectives.common import decoder_inputs, run
@@ -133,7 +133,7 @@ def starts_as_base(job: Job) -> Check:
         names = [m.method_name for m in methods]
         return Check("identity", None, f"{' + '.join(names)} does not start as the base, by design")
     batch = probe(job)
-    with evaluating(job.model):
+    with measuring(job.model):
         ours = logits(job.model, batch)
         with disabled(job.model):
             base = logits(job.model, batch)
@@ -204,15 +204,14 @@ def saved_whole(job: Job, folder: Path, start: Mapping[str, Tensor]) -> Check:
 def reloads(job: Job, folder: Path) -> Check:
     """The adapter, loaded from disk beside the live one, gives the same logits to the last bit."""
     batch, name = probe(job), "reloaded"
-    device = next(job.model.parameters()).device
     # a second soft prompt owns other virtual ids, so the live one steps aside: its ids are read by position
-    with restored(job.model), evaluating(job.model):
-        with private_rng(device, 0):  # a policy that draws in evaluation too draws the same for both
+    with restored(job.model):
+        with measuring(job.model):  # both from the same seed: a policy may draw in evaluation too
             live = logits(job.model, batch)
         try:
             load(job.model, folder, name)
             activate(job.model, name)
-            with private_rng(device, 0):
+            with measuring(job.model):
                 again = logits(job.model, moved(job, batch, name))
         except (ValueError, OSError, KeyError) as error:
             return Check("reload", False, f"the saved adapter does not load: {error}")
@@ -244,7 +243,7 @@ def merges(job: Job) -> Check:
         return Check("merge", None, f"not checked: a copy of the model needs {held / 2**30:.1f} GiB")
     batch = probe(job)
     try:
-        with evaluating(job.model):
+        with measuring(job.model):
             ours = logits(job.model, batch)
             plain = logits(merge(job.model, job.adapter).eval(), batch)
     except Refusal as refusal:
