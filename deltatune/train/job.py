@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..config import Config, recipes
 from ..core.attach import activate, attach, attached, each, known, packing, running, trainable
 from ..core.attention import unpackable
-from ..core.delta import Given
+from ..core.delta import SLOT, Given
 from ..core.registry import bound
-from ..core.site import head_modules
+from ..core.site import fresh, head_modules
 from ..core.sparse import unthinned
 from ..core.store import add_tokens
 from ..data.batch import Batch, Batching, pack, pad, plan, side_by_side
@@ -431,19 +431,32 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
     objective = build_objective(objective).fit(train)
     objective.check(model)
     activate(model, name)
-    if objective.task_head and not trains_head(model, name):
-        warnings.warn(
-            f"adapter {name!r} does not train the task head ({', '.join(head_modules(model))}), nor will it be saved: "
-            f"attach(model, [LoRA(), Head()], name={name!r}), unless the head was trained before",
-            stacklevel=3,
-        )
+    refuse_fresh_head(model, objective, name)
     job = Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes, fresh=False)
     return settle(replace(job, processor=processor))
 
 
-def trains_head(model: nn.Module, name: str) -> bool:
-    heads = tuple(head_modules(model))
-    return any(delta.site.write.startswith(heads) for _, delta in each(model, name))
+def kept_head(model: nn.Module, objective: Any, name: str) -> bool | None:
+    """Whether a loaded base with the saved adapter has the head that this run uses; None: nobody can tell."""
+    if not objective.task_head:
+        return True
+    heads = head_modules(model)
+    trained = {id(p) for layer, delta in each(model, name) for p in delta.trained(layer).values()}
+    if all(id(p) in trained for n, p in model.named_parameters() if n.split(".")[0] in heads and SLOT not in n):
+        return True
+    lost = fresh(model, heads)
+    return None if lost is None else all(id(model.get_parameter(n)) in trained for n in lost)
+
+
+def refuse_fresh_head(model: nn.Module, objective: Any, name: str) -> None:
+    """ValueError for a random head that the adapter neither trains nor saves: the next load would draw another one."""
+    if kept_head(model, objective, name) is False:
+        own = ", ".join(f"{type(m).__name__}(...)" for m in known(model, name).methods[name])
+        raise ValueError(
+            f"the task head ({', '.join(head_modules(model))}) is new: the checkpoint did not bring it, and adapter "
+            f"{name!r} neither trains nor saves it, so that the result would be lost. Attach Head beside the method: "
+            f"detach(model, {name!r}); attach(model, [{own}, Head()], name={name!r})"
+        )
 
 
 def last_turn(encoding: Encoding) -> Encoding:

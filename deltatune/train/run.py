@@ -253,6 +253,7 @@ def opening(job: Job, folder: Path, store: Store) -> Opened:
 
 def before_training(job: Job) -> list[verify.Check]:
     checks = [verify.labels_audited(job), verify.covered(job), verify.starts_as_base(job)]
+    checks += [verify.head_kept(job)] if job.objective.task_head else []
     predicted = memory.estimate(job, job.trainable())
     said = memory.warning(predicted)
     seen = said or f"{predicted['total'] / 2**30:.2f} GiB predicted, {memory.free() / 2**30:.2f} GiB free"
