@@ -48,6 +48,41 @@ def test_recomputation_lowers_the_prediction(made):
     assert memory.estimate(one, one.trainable())["activations"] < parts["activations"]
 
 
+def test_every_answer_and_every_prompt_of_a_row_counts(made, tmp_path):
+    """A causal model runs the text before each of its answers anew; several prompts read each row side by side."""
+    from deltatune.commands.train import foreseen
+    from deltatune.train.run import plan
+
+    row = {"text": "abcd efgh", "choices": ["ab", "cd", "efgh"], "label": 1}
+    rows = t.lines(tmp_path / "rows.jsonl", [row] * 8)
+    given = {"objective": "choice", "train": {"steps": 6, "batch_tokens": None, "batch_rows": 2}}
+    config = t.config(made / "model", rows, **given)
+    one = job(made, data={"train": rows}, **given)
+    length, answers = one.rows[0].length, [len(ids) for ids in one.rows[0].choices]
+    each = length + max(answers)
+    assert memory.batch_tokens(one) == 2 * 3 * each
+    assert next(foreseen(plan(config))) == (
+        f"rows: 8 (24 sequences: every answer, every prompt), {24 * each} tokens, "
+        f"{8 * sum(answers)} of them learned; 6 steps"
+    )
+    logits = memory.estimate(one, one.trainable())["logits"]
+    assert logits > 0
+    assert logits % (12 * one.model.config.vocab_size) == 0
+    several = job(made, data={"train": rows}, method={"prompt": {"length": 2, "count": 3}}, **given)
+    assert memory.batch_tokens(several) == 2 * 3 * 3 * (each + 2)
+    by_tokens = job(made, data={"train": rows}, **given | {"train": {"batch_tokens": 2 * length}})
+    assert memory.batch_tokens(by_tokens) == 2 * 3 * each  # batches are made by the rows' own tokens
+
+
+def test_logits_are_predicted_a_piece_at_a_time_where_they_are_made_so(made, monkeypatch):
+    one = job(made)
+    whole = memory.estimate(one, one.trainable())["logits"]
+    monkeypatch.setattr(memory, "CHUNK", 1000)
+    assert memory.estimate(one, one.trainable())["logits"] == 12000 < whole
+    monkeypatch.setattr(memory, "in_pieces", lambda head: False)
+    assert memory.estimate(one, one.trainable())["logits"] == whole
+
+
 def test_the_model_is_given_back_as_it_was(made):
     one = job(made, train={"checkpoint_gradients": "on", "deterministic": True})
     before = one.model.config._attn_implementation

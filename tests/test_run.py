@@ -121,6 +121,23 @@ def test_what_was_auto_is_written_down(made):
     assert "<|im_end|><<" in report
 
 
+def test_the_report_says_how_before_was_asked_and_what_was_read(made):
+    report, summary = (made / "run" / "report.md").read_text(), read(made / "run", "summary.json")
+    assert "before: the untuned model asked with the row as it is (no examples" in report
+    events = [json.loads(line) for line in (made / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert summary["rows_seen"] == sum(e["rows"] for e in events if e["event"] == "step")
+    assert summary["epochs"] == summary["rows_seen"] / 24
+    assert f"6 steps over {page.read(summary)}" in report
+
+
+def test_examples_that_rows_without_an_answer_do_not_allow_are_said(made, tmp_path):
+    rows = t.lines(tmp_path / "held.jsonl", [{"text": "abc abc"}, {"prompt": "abc", "completion": "cba"}])
+    config = settings(made, "chat", "chat", data={"eval": rows}, eval={"shots": 2}, train={"steps": 1})
+    done = run(config, out=tmp_path / "run")
+    (said,) = [note for note in done.summary["notes"] if "eval.shots" in note]
+    assert said.endswith(f"without eval.shots: 1 evaluation rows have no answer ({rows}:1)")
+
+
 def test_warnings_and_a_row_are_told_before_training(made, tmp_path):
     watch, train = Signal(), {"steps": 1, "lr": 5.0}
     done = run(settings(made, "chat", "chat", method="prompt", train=train), out=tmp_path / "run", observers=[watch])

@@ -29,7 +29,7 @@ class Method(Protocol):
 
     Three more, where a method needs them: `bind(tokenizer)` -> the method with its words as token ids;
     `prepare(model, deltas, given)` for what must see training rows before step 1; `report(model, deltas)` -> numbers
-    for the run's report, {name: number or a mapping of these}.
+    for the run's report, {name: number or a mapping of these}; `sequences` are those of the rows that were measured.
     """
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]: ...

@@ -9,10 +9,14 @@ import torch
 from torch import nn
 
 from ..core.delta import SLOT
+from ..core.site import output_layer
 from ..data.media import reads
 from ..machine import free_memory
+from ..objectives.common import kind_of
+from ..objectives.projection import CHUNK, in_pieces
 
 if TYPE_CHECKING:
+    from ..data.encode import Encoded
     from .job import Job
 
 ACTIVATIONS = (
@@ -28,22 +32,53 @@ def estimate(job: Job, trainable: Mapping[str, nn.Parameter]) -> dict[str, int]:
     base = sum(p.numel() * p.element_size() for n, p in job.model.named_parameters() if SLOT not in n)
     tuned = sum(p.numel() for p in trainable.values())
     masters = sum(p.numel() * 4 for p in trainable.values() if p.dtype != torch.float32)
-    longest = max((row.length for row in job.rows), default=1)
-    tokens = t.batch_tokens or longest * (t.batch_rows or 1)
+    tokens = batch_tokens(job)
     depth = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)
     hidden = int(config.hidden_size)
     wide = 2 if next(job.model.parameters()).dtype == torch.float32 else 1
     per_layer = RECOMPUTED if job.recompute else ACTIVATIONS
-    supervised = sum(r.targets for r in job.rows) / max(sum(r.length for r in job.rows), 1)
+    supervised = sum(map(learned, job.rows)) / max(sum(run_tokens(job, row) for row in job.rows), 1)
     parts = {
         "weights": base,
         "gradients": tuned * 4,
         "optimizer": tuned * 8 + masters,
         "activations": tokens * hidden * depth * per_layer * wide,
         # logits in fp32, their gradient, and the softmax in between
-        "logits": int(tokens * supervised) * int(config.vocab_size) * 12 if job.objective.name == "sft" else 0,
+        "logits": 0 if job.objective.task_head else held(job, int(tokens * supervised)) * 12,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def batch_tokens(job: Job) -> int:
+    """Tokens of the largest micro-batch: every row with each of its answers, once for each prompt side by side."""
+    t, most = job.config.train, len(job.rows)
+
+    def batch(row: Encoded) -> float:
+        """Tokens of a batch of rows like this one."""
+        planned = job.prompts * max(row.length, 1)  # what the order of rows goes by
+        rows = min(t.batch_rows, most) if t.batch_rows else max(1.0, (t.batch_tokens or 0) / planned)
+        return rows * job.prompts * run_tokens(job, row)
+
+    return int(max(map(batch, job.rows), default=t.batch_tokens or 1))  # a stream's rows are not known
+
+
+def run_tokens(job: Job, row: Encoded) -> int:
+    """Tokens that the model runs of a row under one prompt. A causal model reads the text before each answer anew."""
+    answers = len(row.choices) * max(map(len, row.choices), default=0)
+    if kind_of(job.model) == "seq2seq":
+        return max(row.length, answers)
+    return max(1, len(row.choices)) * row.length + answers
+
+
+def learned(row: Encoded) -> int:
+    """Tokens of a row that the loss asks the vocabulary for; a class, span or score is none."""
+    return sum(map(len, row.choices)) or row.targets or int(row.mask_at is not None)
+
+
+def held(job: Job, tokens: int) -> int:
+    """Logits that exist at once where `tokens` are asked for: all, or a piece of them at a time."""
+    logits = tokens * int(job.model.config.get_text_config().vocab_size)
+    return min(logits, CHUNK) if job.objective.name != "cloze" and in_pieces(output_layer(job.model)) else logits
 
 
 def free() -> int:

@@ -169,8 +169,9 @@ def plan(config: Config) -> dict[str, Any]:
     sampler, tuned = job.sampler(), job.trainable()
     return {
         "rows": len(job.rows),
-        "tokens": sum(r.length if r.read else len(r.ids) for r in job.rows),
-        "learned_tokens": sum(r.targets for r in job.rows),
+        "sequences": job.prompts * sum(len(r.choices) or 1 for r in job.rows),
+        "tokens": job.prompts * sum(memory.run_tokens(job, row) for row in job.rows),
+        "learned_tokens": sum(map(memory.learned, job.rows)),
         "steps": job.steps(sampler),
         "trainable_parameters": sum(p.numel() for p in tuned.values()),
         "dtype": job.config.train.precision,
