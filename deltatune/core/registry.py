@@ -271,12 +271,13 @@ def form(cls: type) -> dict[str, Any]:
     shown = [f for f in dataclasses.fields(cls) if not f.metadata.get("internal")]
     fields = {f.name: {"type": str(f.type), "default": default_of(f)} for f in shown}
     for f in shown:
-        fields[f.name] |= {"methods": True} if f.metadata.get("methods") else lowest(cls, f) | listed(cls, f)
+        fields[f.name] |= {"methods": True} if f.metadata.get("methods") else bounds(cls, f) | listed(cls, f)
     return {"doc": (cls.__doc__ or "").strip().splitlines()[0], "fields": fields}
 
 
-def lowest(cls: type, field: dataclasses.Field) -> dict[str, int]:
-    """The least number that a class takes for a field, as it says itself: {"least": n}, {"above": 0} or {}."""
+def bounds(cls: type, field: dataclasses.Field) -> dict[str, int]:
+    """The numbers that a class takes for a field, as it says itself: {"least": n} or {"above": 0}, and {"most": 1} or
+    {"below": 1} of a share."""
     kinds = {part.strip() for part in str(field.type).split("|")}
     if not kinds & {"int", "float"}:
         return {}
@@ -290,10 +291,13 @@ def lowest(cls: type, field: dataclasses.Field) -> dict[str, int]:
             return False
         return False
 
-    if refuses(1):  # it depends on other fields
+    whole = "float" not in kinds
+    if refuses(1 if whole else 0.5):  # it depends on other fields
         return {}
-    if "float" in kinds:
-        return {"above": 0} if refuses(0.0) else {"least": 0} if refuses(-1.0) else {}
+    if not whole:
+        low = {"above": 0} if refuses(0.0) else {"least": 0} if refuses(-1.0) else {}
+        high = {"below": 1} if refuses(1.0) else {"most": 1}
+        return low | (high if low and refuses(1.5) and refuses(2.0) else {})
     return {"least": 1} if refuses(0) else {"least": 0} if refuses(-1) else {}
 
 
