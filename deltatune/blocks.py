@@ -47,6 +47,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 LATER = ("dpo", "kto", "orpo", "ipo", "simpo", "ppo", "grpo", "rloo", "reward", "embed", "distil")
 
+REGISTERED: dict[str, Callable[[], dict[str, Any]]] = {}  # methods as the index has them, where they are imported
 INDEX: ContextVar[Mapping[str, Any] | None] = ContextVar("index", default=None)
 PYTHON = {
     "int": (int,),
@@ -98,9 +99,11 @@ def using(entries: Mapping[str, Any] | None) -> Iterator[None]:
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """Every method of the index by name, presets left out."""
+    """Every method of the index, and of a user's own files, by name; presets left out."""
     entries = index().get("methods", index())
-    return {k: v for k, v in entries.items() if k not in ("presets", "objectives") and v.get("kind") != "preset"}
+    found = {k: v for k, v in entries.items() if k not in ("presets", "objectives") and v.get("kind") != "preset"}
+    own = {name: entry() for name, entry in REGISTERED.items() if name not in packaged()["methods"]}
+    return {**own, **found}
 
 
 def presets() -> dict[str, dict[str, Any]]:

@@ -62,7 +62,14 @@ FACTS = {
         "forgotten: drift 0.061 (1 - cosine to the base's states of general text, 0 to 2)",
     ),
     "nats": (
-        {"retention": {"kind": "perplexity", "forgotten": 0.061, "before": {"perplexity": 7}, "after": {"perplexity": 8}}},
+        {
+            "retention": {
+                "kind": "perplexity",
+                "forgotten": 0.061,
+                "before": {"perplexity": 7},
+                "after": {"perplexity": 8},
+            }
+        },
         "forgotten: +0.061 nats per token of general text (perplexity 7.00 -> 8.00)",
     ),
     "all blocks": (
@@ -73,7 +80,10 @@ FACTS = {
         {"methods": {"spottune": {"share_tuned": {"h.0": 0.25, "h.1": 1.0}}}, "measured_on": "train"},
         "spottune: share tuned 25% (h.0) to 100% (h.1) over 2 blocks",
     ),
-    "kinds": ({"methods": {"bitfit": {"drift": {"query": 0.5, "key": 0.25}}}}, "bitfit: drift query 0.5, drift key 0.25"),
+    "kinds": (
+        {"methods": {"bitfit": {"drift": {"query": 0.5, "key": 0.25}}}},
+        "bitfit: drift query 0.5, drift key 0.25",
+    ),
 }
 
 

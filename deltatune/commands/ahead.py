@@ -37,8 +37,8 @@ def rows_there(refs: Sequence[str], how: Any, most: int | None = None) -> None:
 
 
 def run_there(config: Config) -> None:
-    """ValueError where a run's keys do not go together, its model or rows are not there, its rows cannot be used, or its
-    methods do not fit."""
+    """ValueError where a run's keys do not go together, its model or rows are not there, its rows cannot be used, or
+    its methods do not fit."""
     from deltatune.data.wanted import Intake
     from deltatune.train.supported import check_supported
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import blocks
 from ..aliases import meant
 from ..marks import ConfigError, Problem, read_file
 from .delta import Refusal
@@ -79,6 +80,7 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
         checked(cls).method_name = name  # type: ignore[attr-defined]
         if inner_fields(cls) and not hasattr(cls, "bind"):
             cls.bind = bind_inner  # type: ignore[attr-defined]
+        blocks.REGISTERED[name] = functools.cache(lambda: describe(METHODS[name]))
         return cls
 
     return register
@@ -187,7 +189,8 @@ def build_one(name: str, fields: dict[str, Any]) -> Any:
     if name not in METHODS:
         choices = [*METHODS, *PRESETS]
         raise ValueError(
-            f"unknown method {name!r}.{nearest(name, choices)} `deltatune methods` lists all {len(choices)}"
+            f"unknown method {name!r}.{nearest(name, choices)} `deltatune methods` lists all {len(choices)}; one of "
+            "your own is known once the file that registers it (@method) is imported"
         )
     cls = METHODS[name].cls
     have = [f.name for f in dataclasses.fields(cls)]
@@ -197,7 +200,12 @@ def build_one(name: str, fields: dict[str, Any]) -> Any:
 
 
 def spec(methods: Sequence[Any]) -> list[dict[str, dict[str, Any]]]:
-    """Method objects -> the plain form that is saved, and that `build` reads back."""
+    """Method objects -> the plain form that is saved, and that `build` reads back. ValueError for one without a name."""
+    if strange := next((type(m).__name__ for m in methods if not hasattr(m, "method_name")), None):
+        raise ValueError(
+            f"{strange} has no name to be saved under: decorate the class with deltatune.core.registry's "
+            f'@method("{strange.lower()}", paper=..., kind=...)'
+        )
     return [{m.method_name: {f.name: plain(getattr(m, f.name)) for f in dataclasses.fields(m)}} for m in methods]
 
 

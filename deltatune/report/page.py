@@ -140,7 +140,9 @@ def forgotten(kept: Mapping[str, Any]) -> Iterator[str]:
         sides = [
             kept[side]["perplexity"] if isinstance(kept[side], Mapping) else kept[side] for side in ("before", "after")
         ]
-        if kept["kind"] == "drift":  # no likelihood to compare: how far the text's representations moved from the base's
+        if (
+            kept["kind"] == "drift"
+        ):  # no likelihood to compare: how far the text's representations moved from the base's
             yield f"forgotten: drift {kept['forgotten']:.3f} (1 - cosine to the base's states of general text, 0 to 2)"
             return
         yield (

@@ -27,7 +27,7 @@ RECOMPUTED = 2  # with gradient checkpointing only the blocks' inputs stay
 
 def estimate(job: Job, trainable: Mapping[str, nn.Parameter]) -> dict[str, int]:
     """Predicted bytes by part, and their sum `total`."""
-    whole, t = job.model.config, job.config.train
+    whole = job.model.config
     config = getattr(whole, "vision_config", whole) if reads(whole) == "image" else whole
     base = sum(p.numel() * p.element_size() for n, p in job.model.named_parameters() if SLOT not in n)
     tuned = sum(p.numel() for p in trainable.values())

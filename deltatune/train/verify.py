@@ -50,7 +50,9 @@ def head_kept(job: Job) -> Check:
     """The task head that is measured is the one that a later load finds: saved with the adapter, or the base's own."""
     if kept_head(job.model, job.objective, job.adapter):
         return Check("task head", True, "saved with the adapter, or the base's own")
-    said = f"the adapter does not save it ({', '.join(head_modules(job.model))}), and the model does not say where it is"
+    said = (
+        f"the adapter does not save it ({', '.join(head_modules(job.model))}), and the model does not say where it is"
+    )
     return Check("task head", None, f"{said} from: keep it yourself, or attach(model, [..., Head()])", warns=True)
 
 
