@@ -200,7 +200,7 @@ def build_one(name: str, fields: dict[str, Any]) -> Any:
 
 
 def spec(methods: Sequence[Any]) -> list[dict[str, dict[str, Any]]]:
-    """Method objects -> the plain form that is saved, and that `build` reads back. ValueError for one without a name."""
+    """Method objects -> the plain form that is saved and that `build` reads back. ValueError for one without a name."""
     if strange := next((type(m).__name__ for m in methods if not hasattr(m, "method_name")), None):
         raise ValueError(
             f"{strange} has no name to be saved under: decorate the class with deltatune.core.registry's "
