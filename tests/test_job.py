@@ -48,8 +48,10 @@ def test_recomputation_lowers_the_prediction(made):
     assert memory.estimate(one, one.trainable())["activations"] < parts["activations"]
 
 
-def test_every_answer_and_every_prompt_of_a_row_counts(made, tmp_path):
-    """A causal model runs the text before each of its answers anew; several prompts read each row side by side."""
+@pytest.mark.parametrize("together", [False, True])
+def test_every_answer_and_every_prompt_of_a_row_counts(made, tmp_path, monkeypatch, together):
+    """Side by side behind one text, or each behind it anew; several prompts read each row side by side."""
+    monkeypatch.setattr(memory, "branches", lambda model, starts: together)
     from deltatune.commands.train import foreseen
     from deltatune.train.run import plan
 
@@ -59,19 +61,20 @@ def test_every_answer_and_every_prompt_of_a_row_counts(made, tmp_path):
     config = t.config(made / "model", rows, **given)
     one = job(made, data={"train": rows}, **given)
     length, answers = one.rows[0].length, [len(ids) for ids in one.rows[0].choices]
-    each = length + max(answers)
-    assert memory.batch_tokens(one) == 2 * 3 * each
+    whole = length + 3 * (max(answers) - 1) if together else 3 * (length + max(answers))
+    more = 2 if together else 6  # a prompt of two tokens, with each text
+    assert memory.batch_tokens(one) == 2 * whole
     assert next(foreseen(plan(config))) == (
-        f"rows: 8 (24 sequences: every answer, every prompt), {24 * each} tokens, "
+        f"rows: 8{'' if together else ' (24 sequences: every answer, every prompt)'}, {8 * whole} tokens, "
         f"{8 * sum(answers)} of them learned; 6 steps"
     )
     logits = memory.estimate(one, one.trainable())["logits"]
     assert logits > 0
     assert logits % (12 * one.model.config.vocab_size) == 0
     several = job(made, data={"train": rows}, method={"prompt": {"length": 2, "count": 3}}, **given)
-    assert memory.batch_tokens(several) == 2 * 3 * 3 * (each + 2)
+    assert memory.batch_tokens(several) == 2 * 3 * (whole + more)
     by_tokens = job(made, data={"train": rows}, **given | {"train": {"batch_tokens": 2 * length}})
-    assert memory.batch_tokens(by_tokens) == 2 * 3 * each  # batches are made by the rows' own tokens
+    assert memory.batch_tokens(by_tokens) == 2 * whole  # batches are made by the rows' own tokens
 
 
 def test_logits_are_predicted_a_piece_at_a_time_where_they_are_made_so(made, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ from ..core.delta import SLOT
 from ..core.site import output_layer
 from ..data.media import reads
 from ..machine import free_memory
+from ..objectives.branches import branches
 from ..objectives.common import kind_of
 from ..objectives.projection import CHUNK, in_pieces
 
@@ -37,7 +39,7 @@ def estimate(job: Job, trainable: Mapping[str, nn.Parameter]) -> dict[str, int]:
     hidden = int(config.hidden_size)
     wide = 2 if next(job.model.parameters()).dtype == torch.float32 else 1
     per_layer = RECOMPUTED if job.recompute else ACTIVATIONS
-    supervised = sum(map(learned, job.rows)) / max(sum(run_tokens(job, row) for row in job.rows), 1)
+    supervised = sum(map(learned, job.rows)) / max(sum(map(Passes.of(job).tokens, job.rows)), 1)
     parts = {
         "weights": base,
         "gradients": tuned * 4,
@@ -51,23 +53,41 @@ def estimate(job: Job, trainable: Mapping[str, nn.Parameter]) -> dict[str, int]:
 
 def batch_tokens(job: Job) -> int:
     """Tokens of the largest micro-batch: every row with each of its answers, once for each prompt side by side."""
-    t, most = job.config.train, len(job.rows)
+    t, most, passes = job.config.train, len(job.rows), Passes.of(job)
 
     def batch(row: Encoded) -> float:
         """Tokens of a batch of rows like this one."""
         planned = job.prompts * max(row.length, 1)  # what the order of rows goes by
         rows = min(t.batch_rows, most) if t.batch_rows else max(1.0, (t.batch_tokens or 0) / planned)
-        return rows * job.prompts * run_tokens(job, row)
+        return rows * job.prompts * passes.tokens(row)
 
     return int(max(map(batch, job.rows), default=t.batch_tokens or 1))  # a stream's rows are not known
 
 
-def run_tokens(job: Job, row: Encoded) -> int:
-    """Tokens that the model runs of a row under one prompt. A causal model reads the text before each answer anew."""
-    answers = len(row.choices) * max(map(len, row.choices), default=0)
-    if kind_of(job.model) == "seq2seq":
-        return max(row.length, answers)
-    return max(1, len(row.choices)) * row.length + answers
+@dataclass(frozen=True)
+class Passes:
+    """How a model reads a row under one prompt. together: the answers to one text side by side behind it, in one
+    sequence; apart: each answer in a sequence of its own, behind the text that all share (an encoder's is read once).
+    """
+
+    together: bool
+    encoded: bool
+
+    @classmethod
+    def of(cls, job: Job) -> Passes:
+        shortest = min((len(row.ids) for row in job.rows if row.choices), default=None)
+        encoded = kind_of(job.model) == "seq2seq"
+        asks = shortest is not None and not encoded
+        return cls(asks and branches(job.model, torch.tensor([shortest])), encoded)
+
+    def tokens(self, row: Encoded) -> int:
+        count, longest = len(row.choices), max(map(len, row.choices), default=0)
+        if self.encoded or not count:
+            return max(row.length, count * longest)
+        return row.length + count * (longest - 1) if self.together else count * (row.length + longest)
+
+    def sequences(self, row: Encoded) -> int:
+        return 1 if self.together else max(1, len(row.choices))
 
 
 def learned(row: Encoded) -> int:

@@ -166,11 +166,11 @@ def methods_of(model: nn.Module, adapter: str) -> list[dict[str, Any]]:
 def plan(config: Config) -> dict[str, Any]:
     """What a run would do and need: steps, rows, tokens, trainable parameters and predicted memory. Trains nothing."""
     job = prepare(resolve(config).config)
-    sampler, tuned = job.sampler(), job.trainable()
+    sampler, tuned, passes = job.sampler(), job.trainable(), memory.Passes.of(job)
     return {
         "rows": len(job.rows),
-        "sequences": job.prompts * sum(len(r.choices) or 1 for r in job.rows),
-        "tokens": job.prompts * sum(memory.run_tokens(job, row) for row in job.rows),
+        "sequences": job.prompts * sum(map(passes.sequences, job.rows)),
+        "tokens": job.prompts * sum(map(passes.tokens, job.rows)),
         "learned_tokens": sum(map(memory.learned, job.rows)),
         "steps": job.steps(sampler),
         "trainable_parameters": sum(p.numel() for p in tuned.values()),
