@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -46,6 +47,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 LATER = ("dpo", "kto", "orpo", "ipo", "simpo", "ppo", "grpo", "rloo", "reward", "embed", "distil")
 
+REGISTERED: dict[str, Callable[[], dict[str, Any]]] = {}  # methods as the index has them, where they are imported
 INDEX: ContextVar[Mapping[str, Any] | None] = ContextVar("index", default=None)
 PYTHON = {
     "int": (int,),
@@ -97,9 +99,11 @@ def using(entries: Mapping[str, Any] | None) -> Iterator[None]:
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """Every method of the index by name, presets left out."""
+    """Every method of the index, and of a user's own files, by name; presets left out."""
     entries = index().get("methods", index())
-    return {k: v for k, v in entries.items() if k not in ("presets", "objectives") and v.get("kind") != "preset"}
+    found = {k: v for k, v in entries.items() if k not in ("presets", "objectives") and v.get("kind") != "preset"}
+    own = {name: entry() for name, entry in REGISTERED.items() if name not in packaged()["methods"]}
+    return {**own, **found}
 
 
 def presets() -> dict[str, dict[str, Any]]:
@@ -295,7 +299,7 @@ def block_problems(
             problems += method_problems(as_list(value), here) if value else []
         elif not fits(value, fields[field].get("type", "Any")):
             problems.append(Problem(here, f"{value!r}: {spoken(fields[field]['type'])} is wanted"))
-        elif too_low(value, fields[field]):
+        elif outside(value, fields[field]):
             problems.append(Problem(here, f"{value!r}: {bound(fields[field])} is wanted"))
         elif odd := unlisted(value, fields[field].get("choices")):
             words = fields[field]["choices"]
@@ -323,16 +327,24 @@ def unlisted(value: Any, words: Sequence[str] | None) -> str:
     return next((word for word in given if words and isinstance(word, str) and word not in words), "")
 
 
-def too_low(value: Any, field: Mapping[str, Any]) -> bool:
-    """Whether a number is below what an index entry allows ("least"), or not above it ("above")."""
+BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "least": (">=", operator.ge),
+    "above": ("above", operator.gt),
+    "most": ("<=", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
+def outside(value: Any, field: Mapping[str, Any]) -> bool:
+    """Whether a number is beyond one of the bounds of an index entry."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
-    return ("least" in field and value < field["least"]) or ("above" in field and not value > field["above"])
+    return not all(inside(value, field[name]) for name, (_, inside) in BOUNDS.items() if name in field)
 
 
 def bound(field: Mapping[str, Any]) -> str:
     number = "a whole number" if "int" in choices(field["type"]) else "a number"
-    return f"{number} >= {field['least']}" if "least" in field else f"{number} above {field['above']}"
+    return f"{number} " + " and ".join(f"{said} {field[name]}" for name, (said, _) in BOUNDS.items() if name in field)
 
 
 def called(presets_named: Sequence[str], names: Sequence[str]) -> str:

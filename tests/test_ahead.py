@@ -44,6 +44,7 @@ def made(here: Path) -> None:
     t.lines(here / "rows.jsonl", [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}])
     t.lines(here / "other.jsonl", [{"subjct": "a"}, {"subjct": "b"}])
     t.lines(here / "bare.jsonl", [{"text": "a", "gold": "x"}])
+    t.lines(here / "letters.jsonl", [{"id": 1, "letter": "dear sir", "dept": "a"}])
     (here / "empty.jsonl").write_text("")
     (here / "header.csv").write_text("text,label\n")
     (here / "run").mkdir()
@@ -69,6 +70,14 @@ LINES = [
     ([*TRAIN, "--data", "rows.jsonl", "--eval", "header.csv"], "header.csv: there are no rows"),
     ([*TRAIN, "--data", "bare.jsonl"], "bare.jsonl:1: [missing_field] label: it is what the objective learns"),
     ([*TRAIN, "--data", "other.jsonl"], "other.jsonl:1: [unknown_columns]"),
+    ([*TRAIN, "--data", "letters.jsonl"], "lacks text|sentence|review|content|sentence1|premise|question1|question|"
+     "text1, label|labels. Name yours, for instance data.columns={letter: text, dept: label}, or choose a format"),
+    ([*TRAIN, "--data", "rows.jsonl", "--set", "eval.shots=2"], "eval.shots puts examples into a prompt"),
+    ([*TRAIN, "--data", "rows.jsonl", "--set", "train.compile=on"], "train.compile: on is not in this version"),
+    ([*TRAIN, "--data", "rows.jsonl", "--method", "{lora: {dropout: 1.5}}"],
+     "--method: method.lora.dropout: 1.5: a number >= 0 and below 1 is wanted"),
+    ([*TRAIN, "--data", "rows.jsonl", "--method", "{select: {density: 1.5}}"],
+     "--method: method.select.density: 1.5: a number above 0 and <= 1 is wanted"),
     ([*TRAIN, "--data", "pypi:nope"], "'pypi:nope' was not found"),
     (["train", "--model", "pypi:nope", "--data", "rows.jsonl"], "'pypi:nope' was not found"),
     ([*TRAIN, "--data", "rows.jsonl", "--method", "{prompt: {init: vocb}}"], "(did you mean 'vocab'?)"),

@@ -1,5 +1,7 @@
 """Cloze against numbers computed by hand, and the templates behind it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -115,6 +117,11 @@ def test_words_that_cannot_work_are_named(words, labels, said):
 def test_classes_without_words_and_rows_without_labels_are_named():
     with pytest.raises(ValueError, match="no words for the class 'odd'"):
         Cloze("{text} <mask>", LABELS).fit([row(), row("x", "odd")])
+    rows = [row(), replace(row("x", "odd"), where="a.jsonl:2"), replace(row("x", "even"), where="a.jsonl:3")]
+    with pytest.raises(
+        ValueError, match=r"a.jsonl:3: objective.cloze.labels .* classes 'even', 'odd'; it has .*even: "
+    ):
+        Cloze("{text} <mask>", LABELS).fit(rows)
     with pytest.raises(ValueError, match=r"f:1: \[missing_field\] label: it is what the objective learns"):
         Cloze().fit([Example("f:1", text="a")])
     assert Cloze("{text} <mask>").fit([row(), row("x", "neg")]).classes == ("neg", "pos")

@@ -71,7 +71,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(made, tmp_path):
     assert said["plan"]["steps"] == 3
     assert said["config"]["train"]["batch_tokens"] == 64
     text = " ".join(call("train", made / "run" / "config.yaml", "--dry-run").stdout.split())
-    for part in (r"rows: 8 of [\d,]+ tokens, [\d,]+ of them learned; 3 steps", r"trained: [\d,]+ parameters, in \w+",
+    for part in (r"rows: 8, [\d,]+ tokens, [\d,]+ of them learned; 3 steps", r"trained: [\d,]+ parameters, in \w+",
                  r"memory: 0\.\d\d GiB predicted \(weights 0\.\d\d GiB, .*\), [\d.]+ GiB free"):  # fmt: skip
         assert re.search(part, text), part
     assert "{" not in text.partition("rows: ")[2]

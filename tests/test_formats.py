@@ -4,11 +4,12 @@ import json
 
 import pytest
 
+from deltatune import blocks
 from deltatune.data.example import Example, Turn
-from deltatune.data.formats import FORMATS, convert, examples, load, sniff
+from deltatune.data.formats import FORMATS, convert, examples, load, sniff, unknown
 from deltatune.data.problems import BadRow, Problems
 from deltatune.data.readers import Row
-from deltatune.data.wanted import Intake
+from deltatune.data.wanted import WANTS, Intake
 
 USER, SAID = Turn("user", "Hi"), Turn("assistant", "Yo")
 CHAT = (USER, SAID)
@@ -137,6 +138,29 @@ def test_bad_rows_stop_a_load_unless_leniency_is_asked_for(tmp_path):
         load(path)
     found, problems = load(path, skip_bad=True)
     assert len(found) == problems.bad == 1
+
+
+def test_how_rows_are_read_by_a_template_is_said(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "topic": "b", "label": "c"}\n')
+    wanted = blocks.wanted({"choice": {"template": "{topic}: {text} <mask>"}})
+    (said, *_) = load(path, Intake(wanted=wanted))[1].notes
+    assert said == f"{path}: read the columns that the template '{{topic}}: {{text}} <mask>' names: topic, text"
+
+
+NAMED = {  # columns and their values -> the example that the error gives
+    "nothing alike": ({"id": 1, "letter": "dear sir", "dept": "a"}, "{letter: text, dept: label}"),
+    "a near name": ({"body": "dear sir", "txt": "a", "lable": "b"}, "{txt: text, lable: label}"),
+    "too few": ({"letter": "dear sir"}, "{letter: text, yours: label}"),
+}
+
+
+@pytest.mark.parametrize(("row", "said"), NAMED.values(), ids=NAMED)
+def test_columns_that_are_wanted_are_named_once_beside_the_files_own(row, said):
+    text = str(unknown(Row(row, "f:1"), Intake(wanted=WANTS["classify"])))
+    assert f"data.columns={said}" in text
+    names = text.split("which lacks ")[1].split(". Name yours")[0].replace(", ", "|").split("|")
+    assert len(names) == len(set(names)) > 2
 
 
 def test_unknown_columns_name_the_nearest_format():

@@ -48,6 +48,44 @@ def test_recomputation_lowers_the_prediction(made):
     assert memory.estimate(one)["activations"] < parts["activations"]
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_every_answer_and_every_prompt_of_a_row_counts(made, tmp_path, monkeypatch, together):
+    """Side by side behind one text, or each behind it anew; several prompts read each row side by side."""
+    monkeypatch.setattr(memory, "branches", lambda model, starts: together)
+    from deltatune.commands.train import foreseen
+    from deltatune.train.run import plan
+
+    row = {"text": "abcd efgh", "choices": ["ab", "cd", "efgh"], "label": 1}
+    rows = t.lines(tmp_path / "rows.jsonl", [row] * 8)
+    given = {"objective": "choice", "train": {"steps": 6, "batch_tokens": None, "batch_rows": 2}}
+    config = t.config(made / "model", rows, **given)
+    one = job(made, data={"train": rows}, **given)
+    length, answers = one.rows[0].length, [len(ids) for ids in one.rows[0].choices]
+    whole = length + 3 * (max(answers) - 1) if together else 3 * (length + max(answers))
+    more = 2 if together else 6  # a prompt of two tokens, with each text
+    assert memory.batch_tokens(one) == 2 * whole
+    assert next(foreseen(plan(config))) == (
+        f"rows: 8{'' if together else ' (24 sequences: every answer, every prompt)'}, {8 * whole} tokens, "
+        f"{8 * sum(answers)} of them learned; 6 steps"
+    )
+    logits = memory.estimate(one, one.trainable())["logits"]
+    assert logits > 0
+    assert logits % (12 * one.model.config.vocab_size) == 0
+    several = job(made, data={"train": rows}, method={"prompt": {"length": 2, "count": 3}}, **given)
+    assert memory.batch_tokens(several) == 2 * 3 * (whole + more)
+    by_tokens = job(made, data={"train": rows}, **given | {"train": {"batch_tokens": 2 * length}})
+    assert memory.batch_tokens(by_tokens) == 2 * whole  # batches are made by the rows' own tokens
+
+
+def test_logits_are_predicted_a_piece_at_a_time_where_they_are_made_so(made, monkeypatch):
+    one = job(made)
+    whole = memory.estimate(one, one.trainable())["logits"]
+    monkeypatch.setattr(memory, "CHUNK", 1000)
+    assert memory.estimate(one, one.trainable())["logits"] == 12000 < whole
+    monkeypatch.setattr(memory, "in_pieces", lambda head: False)
+    assert memory.estimate(one, one.trainable())["logits"] == whole
+
+
 def test_the_model_is_given_back_as_it_was(made):
     one = job(made, train={"checkpoint_gradients": "on", "deterministic": True})
     before = one.model.config._attn_implementation
@@ -88,20 +126,57 @@ def test_a_prefix_as_long_as_the_model_leaves_no_room(made):
         job(made, method={"prefix": {"length": 600}})
 
 
-def test_a_head_that_nobody_trains_is_said(made, tmp_path):
-    import tiny_tokenizers as tt
-    from deltatune import Classify, Head, LoRA, attach
-    from deltatune.train.job import from_model
-    from models import tiny
+HEADS = {  # what is attached, and whether the head comes with the checkpoint (None: the model was made in memory)
+    "a new head, LoRA alone": ("LoRA", False, "refused"),
+    "a new head, LoRA on it": ("on the head", False, "refused"),  # over a base that is drawn anew
+    "a new head, its biases": ("biases", False, "refused"),
+    "a new head, Head": ("Head", False, True),
+    "a trained head, LoRA alone": ("LoRA", True, True),
+    "made in memory, LoRA alone": ("LoRA", None, None),
+    "made in memory, Head": ("Head", None, True),
+}
+TASKS = {
+    "classify": ("AutoModelForSequenceClassification", 3, {"text": "the film was good"}),
+    "tag": ("AutoModelForTokenClassification", 3, {"tokens": ["good", "film", "was"], "tags": ["x", "y", "z"]}),
+    "qa": ("AutoModelForQuestionAnswering", 2, {"question": "was it", "context": "it was good", "answers": "good"}),
+}
 
-    rows = t.lines(tmp_path / "rows.jsonl", [{"text": f"a {i}", "label": "xyz"[i % 3]} for i in range(6)])
-    config = t.config("any", rows, objective={"classify": {}})
-    for methods, warns in (([LoRA(r=2)], True), ([LoRA(r=2), Head()], False)):
-        model = attach(tiny("llama", "classify", vocab_size=300), methods, "mine")
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            from_model(model, Classify(), config, {"adapter": "mine", "tokenizer": tt.byte_level(None)})
-        assert any("does not train the task head (score)" in str(w.message) for w in said) is warns
+
+@pytest.mark.parametrize(("attached", "brought", "kept"), HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("goal", TASKS)
+def test_a_head_that_a_later_load_would_not_find_is_refused(tmp_path, goal, attached, brought, kept):
+    """Drawn anew with every load and saved by nobody: the run's numbers could not be had again."""
+    import transformers as hf
+
+    from deltatune import BitFit, Freeze, Head, LoRA, attach
+    from deltatune.train.job import from_model
+    from deltatune.train.verify import head_kept
+
+    auto, labels, row = TASKS[goal]
+    names = [{"label": name} if goal == "classify" else {} for name in "xyz"]
+    config = t.config("any", t.lines(tmp_path / "rows.jsonl", [row | n for n in names]), objective={goal: {}})
+    folder = t.masked_model(tmp_path / "m")
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    model = getattr(hf, auto).from_pretrained(folder, num_labels=labels)
+    if brought:
+        model.save_pretrained(tmp_path / "m")
+        model = getattr(hf, auto).from_pretrained(tmp_path / "m")
+    elif brought is None:
+        model = getattr(hf, auto).from_config(model.config)
+    head = "qa_outputs" if goal == "qa" else "classifier"
+    methods = {
+        "LoRA": LoRA(r=2),
+        "on the head": LoRA(r=2, targets=("q", head)),
+        "biases": [BitFit(), Freeze(names=(f"{head}.bias",))],
+        "Head": [LoRA(r=2), Head()],
+    }
+    attach(model, methods[attached], "mine")
+    given = {"adapter": "mine", "tokenizer": tokenizer}
+    if kept == "refused":
+        with pytest.raises(ValueError, match=rf"{head}.* is new: .*\(\.\.\.\), Head\(\)\], name='mine'\)"):
+            from_model(model, goal, config, given)
+    else:
+        assert head_kept(from_model(model, goal, config, given)).ok is kept
 
 
 def test_a_model_in_bf16_on_a_machine_that_is_slow_at_it_is_said(made, monkeypatch):

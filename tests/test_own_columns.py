@@ -230,7 +230,7 @@ def test_the_check_refuses_what_only_the_objective_can_tell(tmp_path):
     assert "'good film' is 2 tokens" in said["errors"][0]["reason"]
     short = json.dumps({"cloze": {"template": ABOUT, "labels": {"pos": ["good"]}}})
     said = json.loads(call("data", "check", rows, "--objective", short, "--json", code=2).stdout)
-    assert "no words for the class 'neg'" in said["errors"][0]["reason"]
+    assert "objective.cloze.labels has no words for the class 'neg'" in said["errors"][0]["reason"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

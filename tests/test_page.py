@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from deltatune.config import Config
@@ -48,6 +49,60 @@ def test_numbers_that_are_missing_are_a_dash_and_failures_are_told():
     assert "unverified" in text
     assert "! base: changed" in text
     assert "- [0.400" in text
+
+
+FACTS = {
+    "asked as it is": ({"generates": True}, "with the row as it is (no examples; eval.shots=4 asks with examples too)"),
+    "few rows": ({"train_rows": 120, "rows_seen": 24, "epochs": 0.2}, ", 3 steps over 24 of 120 rows"),
+    "every row": ({"train_rows": 120, "rows_seen": 120, "epochs": 1.0}, ", 3 steps over 120 rows "),
+    "again": ({"train_rows": 120, "rows_seen": 300, "epochs": 2.5}, ", 3 steps over 120 rows, 2.5 times "),
+    "a stream": ({"train_rows": None, "rows_seen": 24, "epochs": None}, ", 3 steps over 24 streamed rows"),
+    "drift": (
+        {"retention": {"kind": "drift", "forgotten": 0.061, "before": 0.0, "after": 0.061}},
+        "forgotten: drift 0.061 (1 - cosine to the base's states of general text, 0 to 2)",
+    ),
+    "nats": (
+        {
+            "retention": {
+                "kind": "perplexity",
+                "forgotten": 0.061,
+                "before": {"perplexity": 7},
+                "after": {"perplexity": 8},
+            }
+        },
+        "forgotten: +0.061 nats per token of general text (perplexity 7.00 -> 8.00)",
+    ),
+    "all blocks": (
+        {"methods": {"spottune": {"share_tuned": {"h.0": 1.0, "h.1": 1.0}, "sequences": 40}}},
+        "spottune: share tuned 100% in all 2 blocks, sequences 40 (of the evaluation rows)",
+    ),
+    "some blocks": (
+        {"methods": {"spottune": {"share_tuned": {"h.0": 0.25, "h.1": 1.0}}}, "measured_on": "train"},
+        "spottune: share tuned 25% (h.0) to 100% (h.1) over 2 blocks",
+    ),
+    "kinds": (
+        {"methods": {"bitfit": {"drift": {"query": 0.5, "key": 0.25}}}},
+        "bitfit: drift query 0.5, drift key 0.25",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "line"), FACTS.values(), ids=FACTS)
+def test_what_a_number_is_of_is_said(change, line):
+    assert line in shown(change)
+
+
+def test_a_prompt_search_says_its_own_prompt():
+    tried = {"prompt": "4-shot", "held_out": {"4-shot": 0.5}, "ties": {}}
+    text = shown({"generates": True, "untuned_prompts": tried})
+    assert "best prompt, '4-shot'" in text
+    assert "no examples" not in text
+
+
+def test_the_verdict_stays_on_a_narrow_screen():
+    console = Console(width=80, record=True)
+    console.print(Run(Path("runs/" + "long-" * 30), "done", SUMMARY).screen())
+    assert "verified" in console.export_text().splitlines()[0]
 
 
 def test_other_objectives_and_no_evaluation_rows():

@@ -9,8 +9,21 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from deltatune import IA3, Adapter, LoRA, Prefix
-from deltatune.core.registry import KINDS, METHODS, PRESETS, Entry, build, index, method, refused, spec, survey
+from deltatune import IA3, Adapter, LoRA, Prefix, attach, blocks
+from deltatune.config import Config
+from deltatune.core.registry import (
+    KINDS,
+    METHODS,
+    PRESETS,
+    Entry,
+    build,
+    finite,
+    index,
+    method,
+    refused,
+    spec,
+    survey,
+)  # fmt: skip
 from models import tiny
 
 
@@ -27,6 +40,46 @@ from models import tiny
 )
 def test_build(given, built):
     assert build(given) == built
+
+
+def test_a_method_of_ones_own_is_known_to_configurations(monkeypatch):
+    monkeypatch.setattr("deltatune.core.registry.METHODS", {**METHODS})
+    monkeypatch.setattr(blocks, "REGISTERED", {**blocks.REGISTERED})
+    refused = r"method\.shift: unknown"
+    with pytest.raises(ValueError, match=refused):
+        Config(model="m", data="d", method="shift")
+
+    @method("shift", paper="0000.00000", kind="rescale")
+    @dataclass(frozen=True)
+    class Shift:
+        """Adds a vector."""
+
+        size: float = 0.5
+
+        def __post_init__(self) -> None:
+            finite("Shift size", self.size, above=0)
+
+    assert Config(model="m", data="d", method={"shift": {"size": 2}}).parts == (("shift", {"size": 2}),)
+    with pytest.raises(ValueError, match=r"method\.shift\.size: 0: a number above 0 is wanted"):
+        Config(model="m", data="d", method={"shift": {"size": 0}})
+    with blocks.using({"methods": {}}):
+        assert list(blocks.methods()) == ["shift"]
+    assert build(spec([Shift(3.0)])) == (Shift(3.0),)
+
+
+@pytest.mark.parametrize("given", ["mam", {"lora": {"r": 2}}])
+def test_attach_names_the_way_from_a_preset_to_methods(given):
+    with pytest.raises(ValueError, match=r"is not a method yet: deltatune\.methods\.build") as said:
+        attach(tiny("llama"), given)
+    assert repr(given) in str(said.value)
+    attach(tiny("llama"), build(given))
+    with pytest.raises(ValueError, match="is not a method: give LoRA"):
+        attach(tiny("llama"), LoRA)
+
+
+def test_a_method_without_a_name_is_said():
+    with pytest.raises(ValueError, match=r"object has no name to be saved under: decorate .*@method\(\"object\""):
+        spec([object()])
 
 
 @pytest.mark.parametrize("name", [*METHODS, *PRESETS])

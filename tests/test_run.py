@@ -18,6 +18,7 @@ from deltatune.config import Eval, Override, dump, load
 from deltatune.core.attach import attached, known
 from deltatune.core.delta import Refusal
 from deltatune.data.problems import BadRow
+from deltatune.report import page
 from deltatune.train.checkpoint import Store
 from deltatune.train.run import evaluate_file, open_adapted, plan, resume, run
 
@@ -119,6 +120,24 @@ def test_what_was_auto_is_written_down(made):
     report = (made / "run" / "report.md").read_text()
     assert "One row as the model sees it" in report
     assert "<|im_end|><<" in report
+
+
+def test_the_report_says_how_before_was_asked_and_what_was_read(made):
+    report, summary = (made / "run" / "report.md").read_text(), read(made / "run", "summary.json")
+    assert "before: the untuned model asked with the row as it is (no examples" in report
+    events = [json.loads(line) for line in (made / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert summary["rows_seen"] == sum(e["rows"] for e in events if e["event"] == "step")
+    assert summary["epochs"] == summary["rows_seen"] / 24
+    assert f"6 steps over {page.read(summary)}" in report
+
+
+def test_examples_that_rows_without_an_answer_do_not_allow_are_said(made, tmp_path):
+    rows = t.lines(tmp_path / "held.jsonl", [{"text": "abc abc"}])
+    both = [rows, str(made / "chat-eval.jsonl")]
+    config = settings(made, "chat", "chat", data={"eval": both}, eval={"shots": 2}, train={"steps": 1})
+    done = run(config, out=tmp_path / "run")
+    (said,) = [note for note in done.summary["notes"] if "eval.shots" in note]
+    assert said.endswith(f"without eval.shots: 1 evaluation rows have no answer ({rows}:1)")
 
 
 def test_warnings_and_a_row_are_told_before_training(made, tmp_path):
@@ -471,6 +490,31 @@ def test_mistakes_in_a_call_are_named(made, tmp_path):
     options = {"data": data, "adapter": "math", "tokenizer": tokenizer, "out": tmp_path / "run"}
     with pytest.raises(ValueError, match="asks for"):
         deltatune.train(model, SFT(), precision="bf16", **options)
+
+
+def test_a_method_of_ones_own_trains_and_opens_again(made, tmp_path, monkeypatch):
+    """Registered by a user's file, in no index."""
+    from dataclasses import dataclass
+
+    from deltatune import blocks
+    from deltatune.core import registry
+
+    monkeypatch.setattr(blocks, "REGISTERED", {**blocks.REGISTERED})
+
+    @registry.method("own-lora", paper="0000.00000", kind="linear", mergeable=True)
+    @dataclass(frozen=True)
+    class OwnLoRA(LoRA):
+        """LoRA under a name of one's own."""
+
+    try:
+        model, tokenizer = held(made)
+        attach(model, OwnLoRA(r=2), name="own")
+        given = {"data": made / "chat.jsonl", "tokenizer": tokenizer, "adapter": "own", "retention": False}
+        done = deltatune.train(model, SFT(), out=tmp_path / "run", steps=2, batch_rows=4, **given)
+        assert done.status == "done", done.summary["failed"]
+        assert load(tmp_path / "run" / "config.yaml").config.parts[0][0] == "own-lora"
+    finally:
+        del registry.METHODS["own-lora"]
 
 
 def test_a_cloze_runs_in_memory(made, tmp_path):

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import tiny_run
 from conformance import logits
 from deltatune import Adapter, BitFit, Freeze, LoRA, Prefix, activate, attach, detach, disabled, load, rows, save
 from deltatune.core.attach import packing, parameters
@@ -15,6 +16,7 @@ from deltatune.core.delta import Refusal
 from deltatune.core.routing import Beside, Block, Policy, Routed
 from deltatune.core.slot import deltas, slots
 from deltatune.methods import METHODS
+from deltatune.train.run import run
 from models import inputs, tiny
 
 SpotTune = METHODS["spottune"].cls
@@ -244,7 +246,23 @@ def test_shares_are_reported():
         policy.up.bias.copy_(torch.tensor([0.0, 1.0, 0.0, -1.0]))
     logits(model, inputs(model, rows=3))
     said = method.report(model, deltas(model))
-    assert said == {"sequences": 3, "share_tuned": {"model.layers.0": 1.0, "model.layers.1": 0.0}}
+    assert said == {"share_tuned": {"model.layers.0": 1.0, "model.layers.1": 0.0}, "sequences": 3}
+
+
+@pytest.mark.parametrize("objective", ["sft", "classify"])
+def test_the_report_counts_the_evaluation_rows_and_nothing_else(tmp_path, objective):
+    """Checks, general text, the loss and the predictions of the same rows all pass the policy."""
+    (tmp_path / "d").mkdir()
+    model = tiny_run.masked_model(tmp_path / "m") if objective == "classify" else tiny_run.chat_model(tmp_path / "m")
+    rows = tiny_run.label_rows if objective == "classify" else tiny_run.chat_rows
+    config = tiny_run.config(
+        model, rows(tmp_path / "d" / "train.jsonl", 8), rows(tmp_path / "d" / "eval.jsonl", 5, seed=1),
+        method={"spottune": {"of": [{"lora": {"r": 2}}], "hidden": 4}}, objective=objective,
+        data={"ood": {"far": rows(tmp_path / "d" / "far.jsonl", 3, seed=2)}}, train={"steps": 2},
+    )  # fmt: skip
+    done = run(config, out=tmp_path / "run")
+    assert done.summary["methods"]["spottune"]["sequences"] == 5
+    assert "sequences 5 (of the evaluation rows)" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_sequence_sees_a_prefix_only_in_the_blocks_routed_to_it():

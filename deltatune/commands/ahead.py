@@ -37,9 +37,12 @@ def rows_there(refs: Sequence[str], how: Any, most: int | None = None) -> None:
 
 
 def run_there(config: Config) -> None:
-    """ValueError where a run's model or rows are not there, its rows cannot be used, or its methods do not fit."""
+    """ValueError where a run's keys do not go together, its model or rows are not there, its rows cannot be used, or
+    its methods do not fit."""
     from deltatune.data.wanted import Intake
+    from deltatune.train.supported import check_supported
 
+    check_supported(config)
     if problems := blocks.soft_problems(config.method, config.objective, ("objective",)):  # of a default method too
         raise ConfigError(problems)
     model_there(config.model.name)

@@ -160,8 +160,10 @@ def foresee(config: Any, chosen: Sequence[str]) -> None:
 
 def foreseen(plan: Mapping[str, Any]) -> Iterator[str]:
     """What a run would do and need, as people read it."""
-    rows, tokens = plan["rows"], plan["tokens"]
-    yield f"rows: {rows:,} of {tokens:,} tokens, {plan['learned_tokens']:,} of them learned; {plan['steps']:,} steps"
+    rows, run, learned = plan["rows"], plan["sequences"], plan["learned_tokens"]
+    several = f" ({run:,} sequences: every answer, every prompt)" if run > rows else ""
+    what = f"{learned:,} of them learned" if learned else "one target a row learned"
+    yield f"rows: {rows:,}{several}, {plan['tokens']:,} tokens, {what}; {plan['steps']:,} steps"
     yield f"trained: {millions(plan['trainable_parameters'])} parameters, in {plan['dtype']}"
     need = plan["predicted_memory_bytes"]
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in need.items() if name != "total")

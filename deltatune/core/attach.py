@@ -29,7 +29,7 @@ class Method(Protocol):
 
     Three more, where a method needs them: `bind(tokenizer)` -> the method with its words as token ids;
     `prepare(model, deltas, given)` for what must see training rows before step 1; `report(model, deltas)` -> numbers
-    for the run's report, {name: number or a mapping of these}.
+    for the run's report, {name: number or a mapping of these}; `sequences` are those of the rows that were measured.
     """
 
     def deltas(self, model: nn.Module) -> Iterator[tuple[Site, Delta]]: ...
@@ -108,7 +108,12 @@ def check_new(model: nn.Module, name: str, methods: tuple[Any, ...]) -> None:
     if name in attached(model):
         raise ValueError(f"an adapter {name!r} is attached already: detach it first, or choose another name")
     for m in methods:
-        if not hasattr(m, "deltas"):
+        if isinstance(m, str | dict):
+            raise ValueError(
+                f"{m!r} is not a method yet: deltatune.methods.build({m!r}) makes what a configuration calls so (a "
+                "method, a preset, {name: fields}), and attach takes that"
+            )
+        if isinstance(m, type) or not hasattr(m, "deltas"):
             raise ValueError(f"{m!r} is not a method: give LoRA(...), Prefix(...), ... or a list of them")
     if any(hasattr(p, "device_mesh") for p in model.parameters()):
         raise ValueError(

@@ -174,6 +174,9 @@ class Delta(nn.Module):
     def fold(self) -> None:
         """Drop a training-time reparametrisation, keeping the function the same."""
 
+    def recount(self) -> None:
+        """Another pass over rows begins: what was counted for the report was not of these."""
+
     def swap(self, layer: nn.Module, on: bool) -> None:
         """In-place deltas: put the trained (on) or the original (off) tensors into `layer`."""
 
@@ -248,6 +251,9 @@ class Wrapped(Delta):
 
     def fold(self) -> None:
         self.inner.fold()
+
+    def recount(self) -> None:
+        self.inner.recount()
 
     def buffered(self) -> dict[str, Tensor]:
         """Without those of `inner`, which is a module of its own in every walk."""

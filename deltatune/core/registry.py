@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import blocks
 from ..aliases import meant
 from ..marks import ConfigError, Problem, read_file
 from .delta import Refusal, named, overwritten, to_train
@@ -53,8 +54,8 @@ def read_preset(file: Path) -> dict[str, Any]:
 
 
 HOME = Path(__file__).parents[1]
-# method: what it stands for; model, objective, train: settings of a run that names it; lr_range: as in Entry; swept: the
-# learning rate that the store of benchmarks/recover.py chose, from which a run of it starts
+# method: what it stands for; model, objective, train: settings of a run that names it; lr_range: as in Entry; swept:
+# the learning rate that the store of benchmarks/recover.py chose, from which a run of it starts
 PARTS = ("note", "paper", "lr_range", "swept", "method", "model", "objective", "train")
 METHODS: dict[str, Entry] = {}
 DEFAULTS: dict[str, dict[str, Any]] = read_file(HOME / "methods" / "defaults.yaml")[0]
@@ -80,6 +81,7 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
         checked(cls).method_name = name  # type: ignore[attr-defined]
         if inner_fields(cls) and not hasattr(cls, "bind"):
             cls.bind = bind_inner  # type: ignore[attr-defined]
+        blocks.REGISTERED[name] = functools.cache(lambda: describe(METHODS[name]))
         return cls
 
     return register
@@ -188,7 +190,8 @@ def build_one(name: str, fields: dict[str, Any]) -> Any:
     if name not in METHODS:
         choices = [*METHODS, *PRESETS]
         raise ValueError(
-            f"unknown method {name!r}.{nearest(name, choices)} `deltatune methods` lists all {len(choices)}"
+            f"unknown method {name!r}.{nearest(name, choices)} `deltatune methods` lists all {len(choices)}; one of "
+            "your own is known once the file that registers it (@method) is imported"
         )
     cls = METHODS[name].cls
     have = [f.name for f in dataclasses.fields(cls)]
@@ -198,7 +201,12 @@ def build_one(name: str, fields: dict[str, Any]) -> Any:
 
 
 def spec(methods: Sequence[Any]) -> list[dict[str, dict[str, Any]]]:
-    """Method objects -> the plain form that is saved, and that `build` reads back."""
+    """Method objects -> the plain form that is saved and that `build` reads back. ValueError for one without a name."""
+    if strange := next((type(m).__name__ for m in methods if not hasattr(m, "method_name")), None):
+        raise ValueError(
+            f"{strange} has no name to be saved under: decorate the class with deltatune.core.registry's "
+            f'@method("{strange.lower()}", paper=..., kind=...)'
+        )
     return [{m.method_name: {f.name: plain(getattr(m, f.name)) for f in dataclasses.fields(m)}} for m in methods]
 
 
@@ -272,12 +280,13 @@ def form(cls: type) -> dict[str, Any]:
     shown = [f for f in dataclasses.fields(cls) if not f.metadata.get("internal")]
     fields = {f.name: {"type": str(f.type), "default": default_of(f)} for f in shown}
     for f in shown:
-        fields[f.name] |= {"methods": True} if f.metadata.get("methods") else lowest(cls, f) | listed(cls, f)
+        fields[f.name] |= {"methods": True} if f.metadata.get("methods") else bounds(cls, f) | listed(cls, f)
     return {"doc": (cls.__doc__ or "").strip().splitlines()[0], "fields": fields}
 
 
-def lowest(cls: type, field: dataclasses.Field) -> dict[str, int]:
-    """The least number that a class takes for a field, as it says itself: {"least": n}, {"above": 0} or {}."""
+def bounds(cls: type, field: dataclasses.Field) -> dict[str, int]:
+    """The numbers that a class takes for a field, as it says itself: {"least": n} or {"above": 0}, and {"most": 1} or
+    {"below": 1} of a share."""
     kinds = {part.strip() for part in str(field.type).split("|")}
     if not kinds & {"int", "float"}:
         return {}
@@ -291,10 +300,13 @@ def lowest(cls: type, field: dataclasses.Field) -> dict[str, int]:
             return False
         return False
 
-    if refuses(1):  # it depends on other fields
+    whole = "float" not in kinds
+    if refuses(1 if whole else 0.5):  # it depends on other fields
         return {}
-    if "float" in kinds:
-        return {"above": 0} if refuses(0.0) else {"least": 0} if refuses(-1.0) else {}
+    if not whole:
+        low = {"above": 0} if refuses(0.0) else {"least": 0} if refuses(-1.0) else {}
+        high = {"below": 1} if refuses(1.0) else {"most": 1}
+        return low | (high if low and refuses(1.5) and refuses(2.0) else {})
     return {"least": 1} if refuses(0) else {"least": 0} if refuses(-1) else {}
 
 

@@ -238,13 +238,12 @@ class Policy(Delta):
         self.now.chosen, self.now.hard = hard, per_token(hard, self.now)
         self.now.soft = per_token(soft, self.now) if soft.requires_grad else None
 
-    def fold(self) -> None:
-        """Begin to count anew: what is reported is what was routed after training."""
+    def recount(self) -> None:
         self.seen, self.tuned = 0, torch.zeros(len(self.blocks), dtype=torch.float64)
 
     def shares(self) -> dict[str, Any]:
         share = (self.tuned / max(self.seen, 1)).tolist()
-        return {"sequences": self.seen, "share_tuned": dict(zip(self.blocks, share, strict=True))}
+        return {"share_tuned": dict(zip(self.blocks, share, strict=True)), "sequences": self.seen}
 
 
 class Routed(Wrapped):

@@ -483,6 +483,13 @@ def head_modules(model: nn.Module) -> list[str]:
     ]
 
 
+def fresh(model: nn.Module, heads: list[str]) -> list[str] | None:
+    """Parameters of `heads` that no checkpoint brought; None where that cannot be known (a model made in memory)."""
+    read = {n for n, p in model.named_parameters() if getattr(p, "_is_hf_initialized", False)}  # transformers' mark
+    own = [n for n, _ in model.named_parameters() if n.split(".")[0] in heads and SLOT not in n.split(".")]
+    return [n for n in own if n not in read] if read else None
+
+
 def output_layer(model: Any) -> Any:
     """The vocabulary projection, where there is one."""
     return getattr(model, "get_output_embeddings", lambda: None)()

@@ -250,7 +250,8 @@ FORMATS: dict[str, Format] = {
     "audio_classification": Format((("audio",), LABELS), (), by.labelled("audio")),
     "transcription": Format((("audio",), TRANSCRIPTS), (), by.transcribed),
     "classification": Format(
-        ((*SINGLE, *(pair[0] for pair in PAIRS)), LABELS), tuple(pair[1] for pair in PAIRS), by.classified
+        (tuple(dict.fromkeys((*SINGLE, *(pair[0] for pair in PAIRS)))), LABELS), tuple(pair[1] for pair in PAIRS),
+        by.classified,
     ),
     "prompt": Format((("prompt",),), ("tools",), _prompt),
     "text": Format((("text", "content"),), (), _text),
@@ -358,10 +359,21 @@ def unknown(row: Row, how: Intake = AS_IT_COMES) -> BadRow:
         f"no known format has the columns {short(columns)}; the nearest is {name!r}, which lacks {', '.join(missing)}"
     )
     like += how.turned(row)
-    fix = f"Rename them (columns: {{yours: known}}) or choose a format: {', '.join(there)}.{like}"
+    yours = ", ".join(f"{column}: {gap.split('|')[0]}" for gap, column in matched(missing, row).items())
+    fix = f"Name yours, for instance data.columns={{{yours}}}, or choose a format: {', '.join(there)}.{like}"
     if not set(columns) & _KNOWN and not all(c.isidentifier() for c in columns):
         fix = f"If the file has no header line, name its columns (columns: [text, label]). {fix}"
     return BadRow("unknown_columns", row.where, "", reason, fix)
+
+
+def matched(missing: Sequence[str], row: Row) -> dict[str, str]:
+    """{what is missing: the row's column that may be it}: the nearest by name, else the next that no format knows,
+    texts first; 'yours' where none is left."""
+    free = [str(name) for name in row.value if name not in _KNOWN]
+    free.sort(key=lambda name: not isinstance(row.value.get(name), str))
+    near = {gap: next((c for c in free for n in gap.split("|") if nearest(n, [c], 0.6)), "") for gap in missing}
+    left = (name for name in free if name not in near.values())
+    return {gap: near[gap] or next(left, "yours") for gap in missing}
 
 
 def used(example: Example, how: Intake) -> tuple[str, ...]:
@@ -421,8 +433,9 @@ def converted(rows: Iterable[Row], problems: Problems, how: Intake = AS_IT_COMES
 
 
 def _tell(file: str, name: str, row: Row, problems: Problems, wanted: Wanted) -> None:
-    how = "as the template names its columns" if name == OWN else f"as {name!r} from its columns"
-    problems.note(f"{file}: read {how} {', '.join(map(str, wanted.columns if name == OWN else row.value))}")
+    named = f"the columns that the template {wanted.template!r} names: {', '.join(wanted.columns)}"
+    known = f"as {name!r} from its columns {', '.join(map(str, row.value))}"
+    problems.note(f"{file}: read {named if name == OWN else known}")
     used = {*wanted.columns, *(wanted.answer if name == OWN else FORMATS[name].columns), *SIDE}
     unused = [str(column) for column in row.value if column not in used]
     if unused:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..core.attach import rows_of, takes_packed
+from ..core.attach import each, rows_of, takes_packed
 from ..data.batch import Batching, plan
 from ..data.encode import Encoded
 from ..data.example import Example
@@ -116,6 +116,7 @@ def metrics_for(job: Job, examples: Sequence[Example]) -> tuple[str, ...]:
 def mean_loss(job: Job, rows: Sequence[Encoded]) -> float:
     """Mean over all targets, the same whatever the batches."""
     total, targets = 0.0, 0
+    recount(job)
     for batch in batches(job, rows):
         total += float(job.objective.loss(job.model, batch)[0])
         targets += batch.targets
@@ -133,11 +134,18 @@ def batches(job: Job, rows: Sequence[Encoded]) -> Any:
 
 def predict(job: Job, examples: Sequence[Example]) -> tuple[list[Any], float]:
     """(one prediction per example in order, generated tokens per second)."""
+    recount(job)
     if job.objective.name != "sft":
         return [job.objective.joined(*own) for own in zip(parts(job, examples), examples, strict=True)], 0.0
     # the rows hold their virtual ids already
     found = answers(job.model, job.tokenizer, prompts_of(job, examples), Decoding(job.config.eval.max_new_tokens))
     return [text.strip() for text in found.texts], found.tokens_per_second
+
+
+def recount(job: Job) -> None:
+    """A pass over rows begins: what the deltas count for the report is of these rows, each once."""
+    for _, delta in each(job.model, job.adapter):
+        delta.recount()
 
 
 def prompts_of(job: Job, examples: Sequence[Example]) -> list[Encoded]:
@@ -192,7 +200,11 @@ def untuned(job: Job, examples: Sequence[Example], held_out: int = 12) -> tuple[
     The prompt is chosen on held-out TRAINING rows; the evaluation rows choose nothing.
     """
     prompts, names = baselines(job), metrics_for(job, examples)
-    if len(prompts) < 2 or job.objective.name != "sft" or not all(map(answer, examples)):
+    lacking = [e.where for e in examples if not answer(e)] if len(prompts) > 1 else []
+    if lacking:
+        said = f"{len(lacking)} evaluation rows have no answer ({lacking[0]})"
+        job.notes.append(f"the untuned model is asked with the rows as they are, without eval.shots: {said}")
+    if len(prompts) < 2 or job.objective.name != "sft" or lacking:
         return score(job, examples), {}
     own = score(job, examples, predicts=False)
     search = Search(names[0], names[1:], held_out, job.config.train.seed, Decoding(job.config.eval.max_new_tokens))

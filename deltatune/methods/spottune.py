@@ -95,5 +95,5 @@ class SpotTune:
         return all(identity(m) for m in self.of)
 
     def report(self, model: nn.Module, deltas: Sequence[Delta]) -> dict[str, Any]:
-        """The share of sequences that ran each block changed, since the run's end."""
+        """The share of the sequences last measured that ran each block changed."""
         return next(d.shares() for d in deltas if isinstance(d, Policy))

@@ -78,7 +78,12 @@ class Cloze:
             return replace(self, labels=tuple((n, (n,)) for n in names))
         missing = [n for n in names if n not in self.classes]
         if missing:
-            raise ValueError(f"cloze has no words for the class {missing[0]!r}; it has {', '.join(self.classes)}")
+            where = next(e.where for e in examples if spelled(e.label) == missing[0])
+            raise ValueError(
+                f"{where}: objective.cloze.labels has no words for the class{'es' * (len(missing) > 1)} "
+                f"{', '.join(map(repr, missing))}; it has {', '.join(self.classes)}. Add a line for each: "
+                f"{missing[0]}: [WORD]"
+            )
         return self
 
     def load(self, path: Any, config: Any, **options: Any) -> Any:

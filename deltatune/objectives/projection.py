@@ -112,10 +112,15 @@ class Projection:
     def losses(self, states: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """(cross-entropy [n] of the tokens `wanted` [n], at least in fp32; whether each was the likeliest [n])."""
         head = self.head
-        if type(head) is not nn.Linear or SLOT in head._modules or head._forward_hooks or not len(wanted):
+        if not len(wanted) or not in_pieces(head):
             logits = self.logits(states)
             return F.cross_entropy(logits, wanted, reduction="none"), logits.detach().argmax(-1) == wanted
         return Chunked.apply(states, head.weight, head.bias, wanted, self.finish)
+
+
+def in_pieces(head: Any) -> bool:
+    """Whether the projection runs on a piece of the tokens at a time: it is a plain layer, and nobody changes it."""
+    return type(head) is nn.Linear and SLOT not in head._modules and not head._forward_hooks
 
 
 def states(model: Any, call: Callable[[], Any], at: tuple[Tensor, ...]) -> tuple[Tensor, Projection]:

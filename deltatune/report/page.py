@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -28,7 +28,7 @@ def screen(run: Any) -> Any:
     warnings = [Text(f"! {w}", style="bold red") for w in s["failed"]] + [
         Text(f"- {w}", style="dim") for w in s["unchecked"]
     ]
-    title = f"{run.dir} : {'verified' if run.status == 'done' else run.status}"
+    title = f"{'verified' if run.status == 'done' else run.status}: {run.dir}"  # a narrow screen cuts the end
     box = Panel(Group(table, Text(), *lines, *warnings), title=title, expand=False)
     # print with crop=False: a command is one line, however long, so that it can be copied
     return Group(box, *(Text(line, no_wrap=True, overflow="ignore") for line in commands(run.dir, s)))
@@ -59,6 +59,8 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
             f"{name} {tally(tried, name)}" for name, value in tried["held_out"].items() if value is not None
         )
         yield f"before: the untuned model with its best prompt, {tried['prompt']!r} (on training rows: {each})"
+    elif s.get("generates"):
+        yield "before: the untuned model asked with the row as it is (no examples; eval.shots=4 asks with examples too)"
     if s.get("measured_on") == "train":
         yield "before and after: the loss on training rows, as there are no evaluation rows (--eval FILE)"
     change = (s.get("gain") or {}).get(s["metric"])
@@ -72,19 +74,29 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
         yield f"out of domain: {name}: {shown}"
     yield from forgotten(s.get("retention") or {})
     for name, said in (s.get("methods") or {}).items():
-        yield f"{name}: {', '.join(flat(said))}"
+        over = "evaluation" if s.get("measured_on") == "eval" else "training"
+        yield f"{name}: {', '.join(flat(said))}" + f" (of the {over} rows)" * ("sequences" in said)
     share = s["trainable_parameters"] / s["parameters"]
-    rows = "streamed rows" if s["train_rows"] is None else f"{s['train_rows']} rows"
     tuned = f"{s['trainable_parameters']:,} of {s['parameters']:,} parameters ({share:.2%})"
     kept = s.get("stored_parameters", s["trainable_parameters"])  # pruned, folded, or with a frozen start
     tuned += "" if kept == s["trainable_parameters"] else f", {kept:,} stored"
-    yield f"trained: {tuned}, {s['steps']} steps, {rows}"
+    yield f"trained: {tuned}, {s['steps']} steps over {read(s)}"
     seconds = s["seconds"]
     phases = ", ".join(f"{k} {v:.0f} s" for k, v in seconds.items())
     yield f"time: {sum(seconds.values()):.0f} s ({phases}); training {pace(s)}{bound(s.get('work') or {})}"
     highest = ", ".join(f"{k} {v / 2**30:.2f}" for k, v in s["memory"].items())
     yield f"peak memory: {s['peak_memory_bytes'] / 2**30:.2f} GiB (up to the end of {highest})"
     yield f"adapter: {s['adapter']}"
+
+
+def read(s: Mapping[str, Any]) -> str:
+    """What the steps saw of the training rows."""
+    seen, rows, epochs = s.get("rows_seen"), s["train_rows"], s.get("epochs")
+    if epochs is None:
+        return f"{seen or rows} streamed rows"
+    if epochs < 1:
+        return f"{round(epochs * rows)} of {rows} rows"
+    return f"{rows} rows" + f", {epochs:.3g} times" * (epochs > 1)
 
 
 def bound(work: Mapping[str, Any]) -> str:
@@ -101,11 +113,23 @@ def pace(s: Mapping[str, Any]) -> str:
 
 def flat(said: Mapping[str, Any], of: str = "") -> Iterator[str]:
     """What a method reports, {name: number or a mapping of these}, as 'name number'."""
-    for name, value in said.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{of}{name} ")
+    for key, value in said.items():
+        name = f"{of}{key.replace('_', ' ')}" if not of else f"{of}{key}"
+        show = f"{{:{'.0%' if 'share' in name else '.3g'}}}".format
+        if isinstance(value, Mapping) and any("." in place for place in value):
+            yield f"{name} {spread(value, show)}"
+        elif isinstance(value, Mapping):
+            yield from flat(value, f"{name} ")
         else:
-            yield f"{of}{name} {f'{value:.3g}' if isinstance(value, float) else value}"
+            yield f"{name} {show(value) if isinstance(value, float) else value}"
+
+
+def spread(by: Mapping[str, float], show: Callable[[float], str]) -> str:
+    """A number of each place in a model, as a range."""
+    least, most = min(by, key=lambda place: by[place]), max(by, key=lambda place: by[place])
+    if by[least] == by[most]:
+        return f"{show(by[most])} in all {len(by)} blocks"
+    return f"{show(by[least])} ({least}) to {show(by[most])} ({most}) over {len(by)} blocks"
 
 
 def tally(tried: Mapping[str, Any], name: str) -> str:
@@ -118,6 +142,11 @@ def forgotten(kept: Mapping[str, Any]) -> Iterator[str]:
         sides = [
             kept[side]["perplexity"] if isinstance(kept[side], Mapping) else kept[side] for side in ("before", "after")
         ]
+        if (
+            kept["kind"] == "drift"
+        ):  # no likelihood to compare: how far the text's representations moved from the base's
+            yield f"forgotten: drift {kept['forgotten']:.3f} (1 - cosine to the base's states of general text, 0 to 2)"
+            return
         yield (
             f"forgotten: {kept['forgotten']:+.3f} nats per token of general text{bounds(kept.get('interval'))} "
             f"({kept['kind']} {sides[0]:.2f} -> {sides[1]:.2f})"

@@ -88,6 +88,7 @@ def general(job: Job, compare: bool = False) -> dict[str, Any] | None:
 def after(job: Job, first: Before) -> dict[str, Any]:
     """eval.json: before, after, intervals, what was forgotten, and how far it carries out of domain."""
     was, now = first.as_scored(), score(job, job.sample(), predicts=bool(job.eval))
+    said = told(job)  # before anything else is read: what methods count is of these rows
     metric = next(iter(now.metrics), "loss") if job.eval else "loss"
     result = {
         "metric": metric,
@@ -112,7 +113,7 @@ def after(job: Job, first: Before) -> dict[str, Any]:
     if each_task := now.by_task:
         was_by = was.by_task
         result["tasks"] = {task: {"before": was_by.get(task, {}), "after": found} for task, found in each_task.items()}
-    if said := told(job):
+    if said:
         result["methods"] = said
     return result
 

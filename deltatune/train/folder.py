@@ -26,6 +26,7 @@ from ..core.registry import METHODS
 from ..core.store import state
 from ..data.example import PARTS
 from ..data.stream import index, seekable
+from ..evaluate.score import FROM_LOSS
 from ..machine import peak_bytes
 from ..report import page
 from .job import Job
@@ -95,13 +96,17 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [r for r in map(json.loads, lines) if r.get("event") == "step"]
     seconds = sum(r["seconds"] for r in steps)
+    seen = sum(r.get("rows", 0) for r in steps) // job.prompts
     return {
         **{key: done.result.get(key) for key in FROM_RESULT},
         "objective": job.objective.name,
         "reads": [name for name in job.objective.wants.columns if name not in PARTS],
         "mergeable": all(METHODS[name].mergeable for name, _ in job.config.parts if name in METHODS),
         "eval_rows": len(job.eval),
+        "generates": job.objective.name == "sft" and any(name not in FROM_LOSS for name in done.result["after"]),
         "train_rows": training_rows(job)["rows"],
+        "rows_seen": seen,
+        "epochs": seen / len(job.rows) if job.rows else None,
         "steps": done.steps,
         "trainable_parameters": sum(p.numel() for p in done.trained.values()),
         "stored_parameters": sum(t.numel() for t in state(job.model, job.adapter).values() if t.is_floating_point()),

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from ..config import Config, recipes
 from ..core.attach import activate, attach, attached, each, known, packing, running, trainable
 from ..core.attention import unpackable
-from ..core.delta import Given, to_train
+from ..core.delta import SLOT, Given, to_train
 from ..core.registry import bound
-from ..core.site import head_modules
+from ..core.site import fresh, head_modules
 from ..core.sparse import unthinned
 from ..core.store import add_tokens
 from ..data.batch import Batch, Batching, pack, pad, plan, side_by_side
@@ -45,6 +45,7 @@ from .prompts import check_prompts, with_tasks
 from .sampler import Sampler
 from .sets import SAMPLE, intake, read, read_sets, streamed, tasks
 from .streaming import Flow, Source
+from .supported import check_supported
 
 if TYPE_CHECKING:
     from .known import Known
@@ -386,30 +387,6 @@ def in_training(job: Job) -> Iterator[None]:
             module.training = training
 
 
-def check_supported(config: Config) -> None:
-    """ValueError for keys that this version, or this combination, cannot honour."""
-    t, asked = config.train, {config.model.dtype, config.train.precision} - {"auto"}
-    faults = {
-        "data.streaming needs train.steps: how long an epoch is shows only at its end": config.data.streaming
-        and t.steps is None,
-        "data.streaming is for sft on local files": config.data.streaming
-        and (config.goal[0] != "sft" or any(r == "-" for r in config.data.train)),
-        "data.mix is for several sets: give data.train a list of them": config.data.mix and len(config.data.train) < 2,
-        "data.mix reads every set twice: not with data.streaming or standard input (-)": config.data.mix
-        and (config.data.streaming or "-" in config.data.train),
-        "data.streaming reads rows of one task: give data.train without names": config.data.streaming
-        and bool(tasks(config)),
-        "train.compile: on is not in this version; leave it auto (which runs without)": t.compile == "on",
-        "train.patience counts evaluations: give train.eval_every too": t.patience and not t.eval_every,
-        "train.eval_every needs rows to evaluate: give data.eval": t.eval_every and not config.data.eval,
-        "eval.shots puts examples into a prompt, which only sft has: leave it out": config.eval.shots
-        and config.goal[0] != "sft",
-        "model.dtype and train.precision differ: mixed precision is not in this version; give one": len(asked) > 1,
-    }
-    for text in (text for text, wrong in faults.items() if wrong):
-        raise ValueError(text)
-
-
 def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[str, Any]) -> Job:
     """A job over a model that the caller holds, with the adapter `given["adapter"]` attached already.
 
@@ -435,19 +412,32 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
     objective = build_objective(objective).fit(train)
     objective.check(model)
     activate(model, name)
-    if objective.task_head and not trains_head(model, name):
-        warnings.warn(
-            f"adapter {name!r} does not train the task head ({', '.join(head_modules(model))}), nor will it be saved: "
-            f"attach(model, [LoRA(), Head()], name={name!r}), unless the head was trained before",
-            stacklevel=3,
-        )
+    refuse_fresh_head(model, objective, name)
     job = Job(config, model, tokenizer, objective, name, Encoding(), train, held, ood, notes=notes, fresh=False)
     return settle(replace(job, processor=processor))
 
 
-def trains_head(model: nn.Module, name: str) -> bool:
-    heads = tuple(head_modules(model))
-    return any(delta.site.write.startswith(heads) for _, delta in each(model, name))
+def kept_head(model: nn.Module, objective: Any, name: str) -> bool | None:
+    """Whether a loaded base with the saved adapter has the head that this run uses; None: nobody can tell."""
+    if not objective.task_head:
+        return True
+    heads = head_modules(model)
+    trained = {id(p) for layer, delta in each(model, name) for p in delta.trained(layer).values()}
+    if all(id(p) in trained for n, p in model.named_parameters() if n.split(".")[0] in heads and SLOT not in n):
+        return True
+    lost = fresh(model, heads)
+    return None if lost is None else all(id(model.get_parameter(n)) in trained for n in lost)
+
+
+def refuse_fresh_head(model: nn.Module, objective: Any, name: str) -> None:
+    """ValueError for a random head that the adapter neither trains nor saves: the next load would draw another one."""
+    if kept_head(model, objective, name) is False:
+        own = ", ".join(f"{type(m).__name__}(...)" for m in known(model, name).methods[name])
+        raise ValueError(
+            f"the task head ({', '.join(head_modules(model))}) is new: the checkpoint did not bring it, and adapter "
+            f"{name!r} neither trains nor saves it, so that the result would be lost. Attach Head beside the method: "
+            f"detach(model, {name!r}); attach(model, [{own}, Head()], name={name!r})"
+        )
 
 
 def last_turn(encoding: Encoding) -> Encoding:

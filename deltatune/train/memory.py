@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..core.delta import SLOT
+from ..core.site import output_layer
 from ..data.media import reads
 from ..machine import free_memory
+from ..objectives.branches import branches
+from ..objectives.common import kind_of
+from ..objectives.projection import CHUNK, in_pieces
 
 if TYPE_CHECKING:
+    from ..data.encode import Encoded
     from .job import Job
 
 ACTIVATIONS = (
@@ -22,30 +28,79 @@ RECOMPUTED = 2  # with gradient checkpointing only the blocks' inputs stay
 
 def estimate(job: Job) -> dict[str, int]:
     """Predicted bytes by part, and their sum `total`."""
-    whole, t = job.model.config, job.config.train
+    whole = job.model.config
     config = getattr(whole, "vision_config", whole) if reads(whole) == "image" else whole
     base = sum(p.numel() * p.element_size() for n, p in job.model.named_parameters() if SLOT not in n)
     trainable, tuned = job.trainable(), job.to_train()
     unchosen = sum(p.numel() for p in trainable.values()) - tuned
     masters = sum(p.numel() * 4 for p in trainable.values() if p.dtype != torch.float32)
-    longest = max((row.length for row in job.rows), default=1)
-    tokens = t.batch_tokens or longest * (t.batch_rows or 1)
+    tokens = batch_tokens(job)
     depth = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)
     hidden = int(config.hidden_size)
     wide = 2 if next(job.model.parameters()).dtype == torch.float32 else 1
     per_layer = RECOMPUTED if job.recompute else ACTIVATIONS
-    supervised = sum(r.targets for r in job.rows) / max(sum(r.length for r in job.rows), 1)
+    supervised = sum(map(learned, job.rows)) / max(sum(map(Passes.of(job).tokens, job.rows)), 1)
     parts = {
         "weights": base,
         "gradients": tuned * 4,
         "optimizer": tuned * 8 + masters,
         "activations": tokens * hidden * depth * per_layer * wide,
         # logits in fp32, their gradient, and the softmax in between
-        "logits": int(tokens * supervised) * int(config.vocab_size) * 12 if job.objective.name == "sft" else 0,
+        "logits": 0 if job.objective.task_head else held(job, int(tokens * supervised)) * 12,
     }
     if unchosen:  # before step 1: a value, its gradient and its score, of what will not be kept
         parts["choosing"] = unchosen * 12
     return {**parts, "total": sum(parts.values())}
+
+
+def batch_tokens(job: Job) -> int:
+    """Tokens of the largest micro-batch: every row with each of its answers, once for each prompt side by side."""
+    t, most, passes = job.config.train, len(job.rows), Passes.of(job)
+
+    def batch(row: Encoded) -> float:
+        """Tokens of a batch of rows like this one."""
+        planned = job.prompts * max(row.length, 1)  # what the order of rows goes by
+        rows = min(t.batch_rows, most) if t.batch_rows else max(1.0, (t.batch_tokens or 0) / planned)
+        return rows * job.prompts * passes.tokens(row)
+
+    return int(max(map(batch, job.rows), default=t.batch_tokens or 1))  # a stream's rows are not known
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How a model reads a row under one prompt. together: the answers to one text side by side behind it, in one
+    sequence; apart: each answer in a sequence of its own, behind the text that all share (an encoder's is read once).
+    """
+
+    together: bool
+    encoded: bool
+
+    @classmethod
+    def of(cls, job: Job) -> Passes:
+        shortest = min((len(row.ids) for row in job.rows if row.choices), default=None)
+        encoded = kind_of(job.model) == "seq2seq"
+        asks = shortest is not None and not encoded
+        return cls(asks and branches(job.model, torch.tensor([shortest])), encoded)
+
+    def tokens(self, row: Encoded) -> int:
+        count, longest = len(row.choices), max(map(len, row.choices), default=0)
+        if self.encoded or not count:
+            return max(row.length, count * longest)
+        return row.length + count * (longest - 1) if self.together else count * (row.length + longest)
+
+    def sequences(self, row: Encoded) -> int:
+        return 1 if self.together else max(1, len(row.choices))
+
+
+def learned(row: Encoded) -> int:
+    """Tokens of a row that the loss asks the vocabulary for; a class, span or score is none."""
+    return sum(map(len, row.choices)) or row.targets or int(row.mask_at is not None)
+
+
+def held(job: Job, tokens: int) -> int:
+    """Logits that exist at once where `tokens` are asked for: all, or a piece of them at a time."""
+    logits = tokens * int(job.model.config.get_text_config().vocab_size)
+    return min(logits, CHUNK) if job.objective.name != "cloze" and in_pieces(output_layer(job.model)) else logits
 
 
 def free() -> int:

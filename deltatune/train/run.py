@@ -166,11 +166,12 @@ def methods_of(model: nn.Module, adapter: str) -> list[dict[str, Any]]:
 def plan(config: Config) -> dict[str, Any]:
     """What a run would do and need: steps, rows, tokens, trainable parameters and predicted memory. Trains nothing."""
     job = prepare(resolve(config).config)
-    sampler = job.sampler()
+    sampler, passes = job.sampler(), memory.Passes.of(job)
     return {
         "rows": len(job.rows),
-        "tokens": sum(r.length if r.read else len(r.ids) for r in job.rows),
-        "learned_tokens": sum(r.targets for r in job.rows),
+        "sequences": job.prompts * sum(map(passes.sequences, job.rows)),
+        "tokens": job.prompts * sum(map(passes.tokens, job.rows)),
+        "learned_tokens": sum(map(memory.learned, job.rows)),
         "steps": job.steps(sampler),
         "trainable_parameters": job.to_train(),
         "dtype": job.config.train.precision,
@@ -253,6 +254,7 @@ def opening(job: Job, folder: Path, store: Store) -> Opened:
 
 def before_training(job: Job) -> list[verify.Check]:
     checks = [verify.labels_audited(job), verify.covered(job), verify.starts_as_base(job)]
+    checks += [verify.head_kept(job)] if job.objective.task_head else []
     predicted = memory.estimate(job)
     said = memory.warning(predicted)
     seen = said or f"{predicted['total'] / 2**30:.2f} GiB predicted, {memory.free() / 2**30:.2f} GiB free"

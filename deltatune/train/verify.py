@@ -17,7 +17,7 @@ from ..core.delta import SLOT, Refusal, inmost
 from ..core.merging import merge
 from ..core.quant import scheme, size
 from ..core.registry import identity
-from ..core.site import block_linears
+from ..core.site import block_linears, head_modules
 from ..core.slot import slots
 from ..core.store import canonical, load, prompt_sets, read_manifest, read_tensors, state
 from ..data.batch import Batch
@@ -29,7 +29,7 @@ from ..methods.budget import Budget
 from ..methods.triplets import Triplets
 from ..objectives.common import decoder_inputs, run
 from .guard import VerificationError, few
-from .job import Job
+from .job import Job, kept_head
 from .memory import free
 
 
@@ -44,6 +44,16 @@ class Check:
 
     def __str__(self) -> str:
         return f"{'warning: ' * self.warns}{self.name}: {self.detail}"
+
+
+def head_kept(job: Job) -> Check:
+    """The task head that is measured is the one that a later load finds: saved with the adapter, or the base's own."""
+    if kept_head(job.model, job.objective, job.adapter):
+        return Check("task head", True, "saved with the adapter, or the base's own")
+    said = (
+        f"the adapter does not save it ({', '.join(head_modules(job.model))}), and the model does not say where it is"
+    )
+    return Check("task head", None, f"{said} from: keep it yourself, or attach(model, [..., Head()])", warns=True)
 
 
 def demand(checks: Sequence[Check]) -> None:
