@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -431,13 +431,15 @@ def written(store: Store) -> str:
         for name, task in store.table["tasks"].items()
     ]
     names = (
-        "method", "task", "settings of its own", "sweep on dev (lr: score)", "default lr", "lr", "trained parameters", "untuned",
-        "tuned, 3 seeds", "gain [95 %]", "training, s", "recovered",
+        "method", "task", "settings of its own", "sweep on dev (lr: score)", "default lr", "lr", "trained parameters",
+        "untuned", "tuned, 3 seeds", "gain [95 %]", "training, s", "recovered",
     )  # fmt: skip
     top = f"| {' | '.join(names)} |"
     lines = [shown(store, name, task) for name, entry in entries(store).items() for task in entry["tasks"]]
     lines += [
-        f"| {n} | - | - | - | - | | | | | | | open: {e['open']} |" for n, e in store.table["methods"].items() if "open" in e
+        f"| {n} | - | - | - | - | | | | | | | open: {e['open']} |"
+        for n, e in store.table["methods"].items()
+        if "open" in e
     ]
     return "\n".join([*tasks, "", top, "|" + "---|" * len(names), *lines])
 
