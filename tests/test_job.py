@@ -68,7 +68,7 @@ def test_every_answer_and_every_prompt_of_a_row_counts(made, tmp_path, monkeypat
         f"rows: 8{'' if together else ' (24 sequences: every answer, every prompt)'}, {8 * whole} tokens, "
         f"{8 * sum(answers)} of them learned; 6 steps"
     )
-    logits = memory.estimate(one, one.trainable())["logits"]
+    logits = memory.estimate(one)["logits"]
     assert logits > 0
     assert logits % (12 * one.model.config.vocab_size) == 0
     several = job(made, data={"train": rows}, method={"prompt": {"length": 2, "count": 3}}, **given)
@@ -79,11 +79,11 @@ def test_every_answer_and_every_prompt_of_a_row_counts(made, tmp_path, monkeypat
 
 def test_logits_are_predicted_a_piece_at_a_time_where_they_are_made_so(made, monkeypatch):
     one = job(made)
-    whole = memory.estimate(one, one.trainable())["logits"]
+    whole = memory.estimate(one)["logits"]
     monkeypatch.setattr(memory, "CHUNK", 1000)
-    assert memory.estimate(one, one.trainable())["logits"] == 12000 < whole
+    assert memory.estimate(one)["logits"] == 12000 < whole
     monkeypatch.setattr(memory, "in_pieces", lambda head: False)
-    assert memory.estimate(one, one.trainable())["logits"] == whole
+    assert memory.estimate(one)["logits"] == whole
 
 
 def test_the_model_is_given_back_as_it_was(made):
