@@ -11,7 +11,7 @@ from torch import nn
 
 import conformance
 from conformance import CLASSIFIERS, VARIANTS, Cell, cells, failures, variants
-from deltatune import IA3, Adapter, LoRA
+from deltatune import IA3, Adapter, LoRA, blocks
 from deltatune.core.delta import Delta
 from deltatune.core.registry import method
 from deltatune.core.site import linear_at
@@ -111,7 +111,8 @@ class Narrow(Adapter):
 
 def newcomer(monkeypatch, cls, family: str, **facts) -> dict[str, str]:
     """What the suite finds wrong with a method registered just now."""
-    monkeypatch.setitem(METHODS, "newcomer", None)  # gone after the test
+    for names in (METHODS, blocks.REGISTERED):
+        monkeypatch.setitem(names, "newcomer", None)  # gone after the test
     method("newcomer", paper="", **{"kind": "linear", **facts})(cls)
     monkeypatch.setattr(conformance, "VARIANTS", variants())
     return failures(Cell("newcomer", family))

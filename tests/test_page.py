@@ -74,11 +74,20 @@ FACTS = {
     ),
     "all blocks": (
         {"methods": {"spottune": {"share_tuned": {"h.0": 1.0, "h.1": 1.0}, "sequences": 40}}},
-        "spottune: share tuned 100% in all 2 blocks, sequences 40 (of the evaluation rows)",
+        "spottune: share tuned 100% in all 2 places, sequences 40 (of the evaluation rows)",
     ),
     "some blocks": (
         {"methods": {"spottune": {"share_tuned": {"h.0": 0.25, "h.1": 1.0}}}, "measured_on": "train"},
-        "spottune: share tuned 25% (h.0) to 100% (h.1) over 2 blocks",
+        "spottune: share tuned 25% (h.0) to 100% (h.1) over 2 places",
+    ),
+    "a number that is of no place": (
+        {"methods": {"any": {"ranks": {"h.0.q": 3, "rest": {"a": 1}}}}},
+        "any: ranks h.0.q 3, ranks rest a 1",
+    ),
+    "without examples": (
+        {"generates": True, "untuned_prompts": {"without_shots": "1 evaluation rows have no answer (e.jsonl:1)"}},
+        "before: the untuned model asked with the row as it is (without eval.shots: 1 evaluation rows have no answer "
+        "(e.jsonl:1))",
     ),
     "kinds": (
         {"methods": {"bitfit": {"drift": {"query": 0.5, "key": 0.25}}}},

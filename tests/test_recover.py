@@ -67,7 +67,8 @@ def table(place, capsys, store="store.jsonl"):
     capsys.readouterr()
     recover.main(["--table", "--what", str(place / "what.yaml"), "--store", str(place / store)])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    return {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[1:-1]] for line in lines}
+    names, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    return {row[0]: dict(zip(names, row, strict=True)) for row in rows}
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +79,11 @@ def ran(place):
 
 def test_a_method_that_learns_recovers_and_one_that_does_not_is_told(ran, capsys):
     told = table(ran, capsys)
-    assert told["learns"][4] == "0.005"  # the dev split chose it
-    assert told["learns"][-1] == "yes"
-    assert told["stuck"][-1] == "NO"
-    assert told["head"][6].endswith("(the commonest class)")
-    assert told["missing"][-1] == "open: no checkpoint"
+    assert told["learns"]["lr"] == "0.005"  # the dev split chose it
+    assert told["learns"]["recovered"] == "yes"
+    assert told["stuck"]["recovered"] == "NO"
+    assert told["head"]["untuned"].endswith("(the commonest class)")
+    assert told["missing"]["recovered"] == "open: no checkpoint"
 
 
 def test_a_finished_run_is_not_run_again(ran, monkeypatch):
@@ -113,7 +114,7 @@ def test_no_run_begins_when_the_time_is_up(ran, monkeypatch, capsys):
     name = copied(ran, "short.jsonl", "".join(line for line in lines if '"stuck"' not in line))
     monkeypatch.setattr(recover, "trained", lambda *_: pytest.fail("the time was up"))
     call(ran, "--hours", "0", store=name)
-    assert table(ran, capsys, name)["stuck"][-1] == "open"
+    assert table(ran, capsys, name)["stuck"]["recovered"] == "open"
 
 
 def test_another_recipe_is_another_run(ran):

@@ -77,11 +77,12 @@ def method(name: str, *, paper: str, kind: str, **facts: Any) -> Callable[[type]
 
     def register(cls: type) -> type:
         low, high = {**known, **facts}.get("lr_range", EVERY)
-        METHODS[name] = Entry(name, cls, paper, kind, **{**known, **facts, "lr_range": (float(low), float(high))})
+        entry = Entry(name, cls, paper, kind, **{**known, **facts, "lr_range": (float(low), float(high))})
+        METHODS[name] = entry
         checked(cls).method_name = name  # type: ignore[attr-defined]
         if inner_fields(cls) and not hasattr(cls, "bind"):
             cls.bind = bind_inner  # type: ignore[attr-defined]
-        blocks.REGISTERED[name] = functools.cache(lambda: describe(METHODS[name]))
+        blocks.REGISTERED[name] = functools.cache(lambda: describe(entry))
         return cls
 
     return register

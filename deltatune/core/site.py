@@ -483,10 +483,10 @@ def head_modules(model: nn.Module) -> list[str]:
     ]
 
 
-def fresh(model: nn.Module, heads: list[str]) -> list[str] | None:
-    """Parameters of `heads` that no checkpoint brought; None where that cannot be known (a model made in memory)."""
-    read = {n for n, p in model.named_parameters() if getattr(p, "_is_hf_initialized", False)}  # transformers' mark
-    own = [n for n, _ in model.named_parameters() if n.split(".")[0] in heads and SLOT not in n.split(".")]
+def fresh(model: nn.Module) -> list[str] | None:
+    """The base's parameters that no checkpoint brought; None where nobody can know (a model made in memory)."""
+    own = {n: p for n, p in model.named_parameters() if SLOT not in n.split(".")}
+    read = {n for n, p in own.items() if getattr(p, "_is_hf_initialized", False)}  # transformers' mark
     return [n for n in own if n not in read] if read else None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.attach import deltas, running
@@ -30,10 +31,18 @@ def branches(model: Any, starts: Tensor) -> bool:
     if getattr(config, "sliding_window", None) is not None or model.config._attn_implementation not in PLAIN:
         return False
     waits = max((delta.waits for name in running(model) for delta in deltas(model, name)), default=0)
-    return waits <= int(starts.min()) and not unpackable(model)
+    return (not waits or waits <= int(starts.min())) and parted(model)
 
 
 PLAIN = ("sdpa", IMPLEMENTATION)
+PARTED: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def parted(model: nn.Module) -> bool:
+    """Whether nothing but attention connects tokens: a fact of the model's code, asked once, for it walks the model."""
+    if model not in PARTED:
+        PARTED[model] = not unpackable(model)
+    return PARTED[model]
 
 
 def branched(model: Any, batch: Batch, real: Tensor, starts: Tensor) -> tuple[Batch, tuple[Tensor, Tensor]]:

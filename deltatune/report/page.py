@@ -60,7 +60,9 @@ def facts(s: Mapping[str, Any]) -> Iterator[str]:
         )
         yield f"before: the untuned model with its best prompt, {tried['prompt']!r} (on training rows: {each})"
     elif s.get("generates"):
-        yield "before: the untuned model asked with the row as it is (no examples; eval.shots=4 asks with examples too)"
+        why = tried.get("without_shots")
+        more = f"without eval.shots: {why}" if why else "no examples; eval.shots=4 asks with examples too"
+        yield f"before: the untuned model asked with the row as it is ({more})"
     if s.get("measured_on") == "train":
         yield "before and after: the loss on training rows, as there are no evaluation rows (--eval FILE)"
     change = (s.get("gain") or {}).get(s["metric"])
@@ -116,7 +118,11 @@ def flat(said: Mapping[str, Any], of: str = "") -> Iterator[str]:
     for key, value in said.items():
         name = f"{of}{key.replace('_', ' ')}" if not of else f"{of}{key}"
         show = f"{{:{'.0%' if 'share' in name else '.3g'}}}".format
-        if isinstance(value, Mapping) and any("." in place for place in value):
+        if (
+            isinstance(value, Mapping)
+            and value
+            and all("." in k and isinstance(v, int | float) for k, v in value.items())
+        ):
             yield f"{name} {spread(value, show)}"
         elif isinstance(value, Mapping):
             yield from flat(value, f"{name} ")
@@ -128,8 +134,8 @@ def spread(by: Mapping[str, float], show: Callable[[float], str]) -> str:
     """A number of each place in a model, as a range."""
     least, most = min(by, key=lambda place: by[place]), max(by, key=lambda place: by[place])
     if by[least] == by[most]:
-        return f"{show(by[most])} in all {len(by)} blocks"
-    return f"{show(by[least])} ({least}) to {show(by[most])} ({most}) over {len(by)} blocks"
+        return f"{show(by[most])} in all {len(by)} places"
+    return f"{show(by[least])} ({least}) to {show(by[most])} ({most}) over {len(by)} places"
 
 
 def tally(tried: Mapping[str, Any], name: str) -> str:

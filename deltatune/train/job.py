@@ -417,27 +417,36 @@ def from_model(model: nn.Module, objective: Any, config: Config, given: Mapping[
     return settle(replace(job, processor=processor))
 
 
-def kept_head(model: nn.Module, objective: Any, name: str) -> bool | None:
-    """Whether a loaded base with the saved adapter has the head that this run uses; None: nobody can tell."""
+def unsaved(model: nn.Module, objective: Any, name: str) -> list[str] | None:
+    """What a later load would draw anew: parameters that neither the checkpoint brought nor the adapter trains, where
+    there is a task head; None: nobody can tell."""
     if not objective.task_head:
-        return True
-    heads = head_modules(model)
+        return []
+    heads, lost = head_modules(model), fresh(model)
     trained = {id(p) for layer, delta in each(model, name) for p in delta.trained(layer).values()}
-    if all(id(p) in trained for n, p in model.named_parameters() if n.split(".")[0] in heads and SLOT not in n):
-        return True
-    lost = fresh(model, heads)
-    return None if lost is None else all(id(model.get_parameter(n)) in trained for n in lost)
+    if lost is not None:
+        return [n for n in lost if id(model.get_parameter(n)) not in trained]
+    own = [p for n, p in model.named_parameters() if n.split(".")[0] in heads and SLOT not in n]
+    return [] if all(id(p) in trained for p in own) else None
 
 
 def refuse_fresh_head(model: nn.Module, objective: Any, name: str) -> None:
-    """ValueError for a random head that the adapter neither trains nor saves: the next load would draw another one."""
-    if kept_head(model, objective, name) is False:
-        own = ", ".join(f"{type(m).__name__}(...)" for m in known(model, name).methods[name])
-        raise ValueError(
-            f"the task head ({', '.join(head_modules(model))}) is new: the checkpoint did not bring it, and adapter "
-            f"{name!r} neither trains nor saves it, so that the result would be lost. Attach Head beside the method: "
-            f"detach(model, {name!r}); attach(model, [{own}, Head()], name={name!r})"
-        )
+    """ValueError for a random head (or pooler before it) that is neither trained nor saved: it would be lost."""
+    lost = unsaved(model, objective, name)
+    if not lost:
+        return
+    heads = head_modules(model)
+    own = ", ".join(f"{type(m).__name__}(...)" for m in known(model, name).methods[name])
+    beside = (
+        f"Attach Head beside the method: detach(model, {name!r}); attach(model, [{own}, Head()], name={name!r}). Or, "
+        "to keep it as it is now, "
+    )
+    raise ValueError(
+        f"the task head is new: the checkpoint did not bring {', '.join(lost)}, and adapter {name!r} neither trains "
+        f"nor saves {'it' if len(lost) == 1 else 'them'}, so that the result would be lost. "
+        f"{beside if all(n.split('.')[0] in heads for n in lost) else ''}make it a part of the base: "
+        f"detach(model, {name!r}); model.save_pretrained(DIR); load the model from DIR and attach again"
+    )
 
 
 def last_turn(encoding: Encoding) -> Encoding:

@@ -171,7 +171,7 @@ def plan(config: Config) -> dict[str, Any]:
         "rows": len(job.rows),
         "sequences": job.prompts * sum(map(passes.sequences, job.rows)),
         "tokens": job.prompts * sum(map(passes.tokens, job.rows)),
-        "learned_tokens": sum(map(memory.learned, job.rows)),
+        "learned_tokens": job.prompts * sum(map(memory.learned, job.rows)),
         "steps": job.steps(sampler),
         "trainable_parameters": job.to_train(),
         "dtype": job.config.train.precision,

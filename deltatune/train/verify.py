@@ -29,7 +29,7 @@ from ..methods.budget import Budget
 from ..methods.triplets import Triplets
 from ..objectives.common import decoder_inputs, run
 from .guard import VerificationError, few
-from .job import Job, kept_head
+from .job import Job, unsaved
 from .memory import free
 
 
@@ -48,7 +48,7 @@ class Check:
 
 def head_kept(job: Job) -> Check:
     """The task head that is measured is the one that a later load finds: saved with the adapter, or the base's own."""
-    if kept_head(job.model, job.objective, job.adapter):
+    if job.fresh or unsaved(job.model, job.objective, job.adapter) is not None:  # of a folder, a fixed seed draws it
         return Check("task head", True, "saved with the adapter, or the base's own")
     said = (
         f"the adapter does not save it ({', '.join(head_modules(job.model))}), and the model does not say where it is"
