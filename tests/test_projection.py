@@ -136,6 +136,21 @@ def test_logits_that_something_else_makes_are_the_models_own():
         assert torch.equal(made.logits(found), model(**call).logits[at])
 
 
+def test_hooks_in_front_of_a_head_see_and_change_what_is_projected_in_pieces():
+    """As in a call of the layer, which projecting in pieces is not."""
+    head, seen = nn.Linear(4, 7), []
+    states, wanted = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 4])
+    expected = projection.Projection(head, projection.Finish()).losses(2 * states, wanted)
+    head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    head.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    assert projection.in_pieces(head)
+    found = projection.Projection(head, projection.Finish()).losses(states, wanted)
+    assert seen == [(5, 4)]
+    assert all(map(torch.equal, found, expected))
+    head.register_forward_pre_hook(lambda _, args, kwargs: None, with_kwargs=True)
+    assert not projection.in_pieces(head)
+
+
 def asked(model: Any) -> dict[str, Tensor]:
     return {name: t for name, t in inputs(model).items() if name != "labels"}
 

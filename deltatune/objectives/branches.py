@@ -56,6 +56,7 @@ def branched(model: Any, batch: Batch, real: Tensor, starts: Tensor) -> tuple[Ba
     upon[:, :text] &= torch.ones_like(upon[0, :text]).tril()
     alone = torch.block_diag(*[torch.ones(own, own, device=ids.device).tril()] * count).bool()
     see = torch.cat([upon, F.pad(alone, (0, 0, text, 0)).expand(rows, -1, -1)], 2)[:, None]
+    see[..., text:] &= real[..., 1:].reshape(rows, 1, 1, count * own)  # filling is seen by none
     # the filling of a short choice stays within the table of positions, too
     places = (starts[:, None] + steps[:own])[:, None] * real[..., 1:]
     position = torch.cat([steps[:text].expand(rows, -1), places.flatten(1)], 1) + first(model.config)

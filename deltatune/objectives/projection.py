@@ -115,12 +115,21 @@ class Projection:
         if not len(wanted) or not in_pieces(head):
             logits = self.logits(states)
             return F.cross_entropy(logits, wanted, reduction="none"), logits.detach().argmax(-1) == wanted
-        return Chunked.apply(states, head.weight, head.bias, wanted, self.finish)
+        return Chunked.apply(entered(head, states), head.weight, head.bias, wanted, self.finish)
 
 
 def in_pieces(head: Any) -> bool:
     """Whether the projection runs on a piece of the tokens at a time: it is a plain layer, and nobody changes it."""
-    return type(head) is nn.Linear and SLOT not in head._modules and not head._forward_hooks
+    plain = type(head) is nn.Linear and SLOT not in head._modules
+    return plain and not head._forward_hooks and not head._forward_pre_hooks_with_kwargs
+
+
+def entered(head: nn.Module, states: Tensor) -> Tensor:
+    """`states` past the hooks in front of `head`: in pieces it is not called, and they see all of it at once."""
+    for hook in head._forward_pre_hooks.values():
+        if (found := hook(head, (states,))) is not None:
+            states = found[0] if isinstance(found, tuple) else found
+    return states
 
 
 def states(model: Any, call: Callable[[], Any], at: tuple[Tensor, ...]) -> tuple[Tensor, Projection]:

@@ -125,6 +125,7 @@ PHASES = {
     "train": "training",
     "save": "saving the adapter and checking it",
     "after": "measuring the tuned model",
+    "floor": "timing what the steps computed",
 }
 
 

@@ -27,7 +27,6 @@ from ..core.store import state
 from ..data.example import PARTS
 from ..data.stream import index, seekable
 from ..evaluate.score import FROM_LOSS
-from ..machine import peak_bytes
 from ..report import page
 from .job import Job
 from .measure import PARTS_OF_STEP
@@ -111,7 +110,7 @@ def summarise(job: Job, folder: Path, done: Finished) -> dict[str, Any]:
         "trainable_parameters": sum(p.numel() for p in done.trained.values()),
         "stored_parameters": sum(t.numel() for t in state(job.model, job.adapter).values() if t.is_floating_point()),
         "parameters": together(job.model, done.trained),
-        "peak_memory_bytes": peak_bytes(),
+        "peak_memory_bytes": max(done.cost.memory.values()),
         "memory": done.cost.memory,
         "seconds": done.cost.seconds,
         "step_seconds": {part: sum(r.get(f"{part}_s", 0.0) for r in steps) for part in PARTS_OF_STEP},

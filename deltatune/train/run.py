@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing as watched
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -202,12 +203,12 @@ def execute(job: Job, folder: Path, clock: Clock) -> Run:
             with stoppable() as stop, clock.phase("before", job.notes):
                 opened = opening(job, folder, store)
             reuse(job)
-            work = Work(Step(job.model, job.objective))
-            loop = make_loop(job, work.step, store, (*clock.observers, work))
             remarks = [*job.notes[told:], *(str(check) for check in opened.checks if check.ok is None)]
             row = verify.sample_row(job)
-            with clock.phase("train", remarks, sample=row and asdict(row)):
-                outcome = loop.run()
+            with watched(Work(Step(job.model, job.objective))) as work:
+                loop = make_loop(job, work.step, store, (*clock.observers, work))
+                with clock.phase("train", remarks, sample=row and asdict(row)):
+                    outcome = loop.run()
             step = outcome.progress.step
             if outcome.status == "interrupted":
                 return Run(folder, "interrupted", {"signal": outcome.signal, "step": step})
@@ -312,7 +313,10 @@ def closing(job: Job, folder: Path, opened: Opened, loop: Loop, work: Work, cloc
         checks = [*opened.checks, *after_training(job, folder / "adapter", opened)]
     with clock.phase("after"):
         result = evidence.after(job, opened.first)
-    cost = Cost(clock.seconds, clock.memory, work.record())
+    highest = dict(clock.memory)  # before more is computed, of which the run had no need
+    with clock.phase("floor"):
+        alone = work.record()
+    cost = Cost(clock.seconds, highest, alone)
     return finish(job, folder, Finished(checks, result, cost, loop.progress.step, loop.trainable))
 
 

@@ -1,15 +1,19 @@
 """Work: what a run's steps cannot do without, the base's products and its attention, and the time of these alone.
 
-The floor of a step: y = W x of every linear layer, W^T dy where a gradient passes on, dy x^T where W is trained, the
-vocabulary projection of supervised tokens only, attention of each sequence with itself (of models with one stack). No
-adapter, norm, activation, padding or optimizer is in it.
+The floor of a step: y = W x of every linear layer that ran, W^T dy where a gradient passes on, dy x^T where W is
+trained, the vocabulary projection of the tokens asked for. No adapter, norm, activation or optimizer is in it, no
+padding (by each pass's own share of text), nothing that is computed once more for the backward pass.
+
+Attention is in it where every sequence is known to see all of itself and nothing else: rows of one text each, padded or
+packed, of models with one stack of blocks. Left out is that of encoder-decoders and other models of several stacks, of
+answers side by side behind one text (objectives.branches), of rows longer than a window, of pictures and of sounds.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,82 +23,105 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..core.attention import Heads, attention_modules, heads
+from ..core.attention import CROSS, Heads, attention_modules, heads
 from ..core.delta import Refusal
-from ..core.site import is_linear, layers, output_layer, widths
+from ..core.site import block_of, experts, is_conv1d, is_linear, layers, pairs, plays, trunk, widths
+from ..data.encode import IGNORE
+from .guard import Interrupted
 
 if TYPE_CHECKING:
     from ..data.batch import Batch
     from .step import Step
 
 Shape = tuple[int, int]  # (inputs, outputs) of a matrix product
+Place = tuple[bool, bool, Shape]  # of a layer: whether it reads the decoder's tokens, whether it is in a block
 MOST = 2e10  # floating-point operations of a product that is timed; a larger one is timed on fewer rows
 REPEATS = 3
 
 
 @dataclass
 class Work:
-    """What `step` computes while it trains: its layers are seen in the first forward pass, its sizes in every one.
+    """What `step` computes while it trains, added up over its passes until `close` takes the hooks away.
 
     An observer of the loop as well: the seconds to compare with are those of the steps that it saw.
     """
 
     step: Step
-    products: Counter[Shape] = field(default_factory=Counter)  # -> rows of one forward pass over `first` units
-    head: list[Shape] = field(default_factory=list)  # the products of the vocabulary projection
-    attention: Counter[tuple[Heads, bool]] = field(default_factory=Counter)  # (heads, causal) -> in forward passes
-    first: int = 0
-    passes: int = 0
-    units: int = 0  # tokens, or rows of what has none
-    targets: int = 0
-    lengths: list[int] = field(default_factory=list)  # of the sequences
+    rows: dict[Shape, float] = field(default_factory=partial(defaultdict, float))  # of its products; no padding
+    calls: Counter[Shape] = field(default_factory=Counter)
+    attention: Counter[tuple[Heads, bool]] = field(default_factory=Counter)  # (heads, causal) -> squares of lengths
+    squares: float = 0.0  # of the lengths of all sequences that attention is known of
+    sequences: int = 0
     seconds: float = 0.0
     steps: int = 0
     x: Tensor | None = None  # an empty tensor of the layers' dtype and device
 
     def __post_init__(self) -> None:
-        self.handles: list[Any] = []
-        self.attending = dict(attending(self.step.model))
-        self.step.register_forward_pre_hook(self.before)
-        self.step.register_forward_hook(self.after)
+        model: Any = self.step.model
+        self.running, self.mask, self.two = False, None, pairs(model)
+        self.layer: dict[Shape, Any] = {}  # one that has such a product
+        self.seen: Counter[tuple[Place, int, bool, bool]] = Counter()  # numbers read, whether x and W have gradients
+        self.attended: Counter[tuple[Heads, bool]] = Counter()  # of one pass: forward passes, a backward one is two
+        self.handles: list[Any] = [
+            self.step.register_forward_pre_hook(self.before),
+            self.step.register_forward_hook(self.after),
+            *(m.register_forward_pre_hook(self.reads, with_kwargs=True) for m in dict.fromkeys((model, trunk(model)))),
+            *(m.register_forward_hook(partial(self.attends, h)) for m, h in attending(model)),
+        ]
+        for name, layer in layers(model):
+            # before it runs: a vocabulary projection with a forward hook is not left out. A router has a weight alone
+            if is_linear(layer) and (hasattr(layer, "in_features") or is_conv1d(layer)):
+                k, n = widths(layer)
+                self.layer |= {(k, n): layer, (n, k): layer}
+                place = (self.two and not encoded(name), block_of(name) is not None, (k, n))
+                self.handles.append(layer.register_forward_pre_hook(partial(self.multiplies, place)))
 
-    def before(self, step: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.passes or not step.training:
-            return
-        for _, layer in layers(self.step.model):
-            if layer in self.attending:
-                self.handles.append(layer.register_forward_hook(self.attended))
-            elif is_linear(layer):  # before it runs: a vocabulary projection with a forward hook is not left out
-                self.handles.append(layer.register_forward_pre_hook(self.multiplied))
-
-    def multiplied(self, layer: Any, args: tuple[Tensor, ...]) -> None:
-        if not layer.training:
-            return  # an objective asks the model how it finishes its logits, once
-        (k, n), x = widths(layer), args[0]
-        found = [(k, n)] + [(n, k)] * x.requires_grad + [(k, n)] * layer.weight.requires_grad
-        if layer is output_layer(self.step.model):
-            self.head = found
-            return
-        self.products.update({shape: found.count(shape) * (x.numel() // k) for shape in found})
-        self.x = x.detach().new_empty(0)
-
-    def attended(self, module: nn.Module, args: Any, output: Any) -> None:
-        y = output[0] if isinstance(output, tuple) else output
-        causal = bool(getattr(module, "is_causal", True))
-        self.attention[self.attending[module], causal] += module.training * (3 if y.requires_grad else 1)
-
-    def after(self, step: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not step.training:
-            return
-        batch: Batch = args[0]
+    def close(self) -> None:
         while self.handles:
             self.handles.pop().remove()
-        ids, lens = batch.inputs.get("input_ids"), sequences(batch)
-        self.first = self.first or (len(batch.labels) if ids is None else ids.numel())
-        self.passes += 1
-        self.units += sum(lens) or len(batch.labels)
-        self.targets += batch.targets
-        self.lengths += lens
+
+    # ---- of one pass -------------------------------------------------------------------------------------------------
+    def before(self, step: nn.Module, args: tuple[Any, ...]) -> None:
+        self.running, self.mask = step.training, None
+        self.seen.clear()
+        self.attended.clear()
+
+    def reads(self, model: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+        if self.running and model.training:  # an objective asks the model how it finishes its logits, in eval mode
+            self.mask = given.get("attention_mask")
+
+    def multiplies(self, place: Place, layer: Any, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
+        if self.running and layer.training and (size := x.numel()):
+            self.seen[place, size, x.requires_grad, layer.weight.requires_grad] += 1
+            self.x = x.detach().new_empty(0) if self.x is None else self.x
+
+    def attends(self, h: Heads, module: nn.Module, args: Any, output: Any) -> None:
+        if self.running and module.training:
+            y = output[0] if isinstance(output, tuple) else output
+            self.attended[h, bool(getattr(module, "is_causal", True))] += 3 if y.requires_grad else 1
+
+    def after(self, step: Any, args: tuple[Any, ...], output: Any) -> None:
+        if not self.running:
+            return
+        self.running = False  # what a checkpoint runs once more is not seen
+        batch: Batch = args[0]
+        mask = self.mask if "input_ids" in batch.inputs else None
+        texts = said = share(mask)
+        if self.two and not step.objective.task_head:  # under a task head a decoder reads the encoder's texts
+            said = share(((batch.labels if batch.choices is None else batch.choices) != IGNORE).flatten(0, -2))
+        for ((decoder, inside, (k, n)), size, onward, trained), count in self.seen.items():
+            real, tokens = said if decoder else texts
+            rows = size / k * real / tokens if inside or size == k * tokens else size / k
+            for shape in [(k, n)] + [(n, k)] * onward + [(k, n)] * trained:
+                self.rows[shape] += count * rows
+                self.calls[shape] += count
+        lengths = batch.lens or (mask.sum(1).tolist() if mask is not None and mask.ndim == 2 else ())
+        window = getattr(step.model.config.get_text_config(), "sliding_window", None) if self.attended else None
+        if self.attended and lengths and max(lengths) <= (window or max(lengths)):
+            squares = sum(float(n) ** 2 for n in lengths)
+            self.squares, self.sequences = self.squares + squares, self.sequences + len(lengths)
+            self.attention.update({key: count * squares for key, count in self.attended.items()})
 
     # ---- of the loop -------------------------------------------------------------------------------------------------
     def on_start(self, record: Mapping[str, Any]) -> None: ...
@@ -105,36 +132,33 @@ class Work:
 
     def on_eval(self, record: Mapping[str, Any]) -> None: ...
 
-    def on_end(self, record: Mapping[str, Any]) -> None: ...
+    def on_end(self, record: Mapping[str, Any]) -> None:
+        self.close()
 
     # ---- what it comes to --------------------------------------------------------------------------------------------
-    def all(self) -> Iterator[tuple[Shape, float]]:
-        """Every product and the rows it was over."""
-        for shape, rows in self.products.items():
-            yield shape, rows * self.units / self.first
-        for shape in self.head:
-            yield shape, self.targets
-
     def flops(self) -> float:
         """Floating-point operations of all steps; an attention's backward pass counts twice its forward pass."""
-        squares = sum(float(n) ** 2 for n in self.lengths)
-        found = sum(2.0 * k * n * rows for (k, n), rows in self.all())
-        return found + sum(count * asked(h, causal) * squares for (h, causal), count in self.attention.items())
+        found = sum(2.0 * k * n * rows for (k, n), rows in self.rows.items())
+        return found + sum(asked(h, causal) * squares for (h, causal), squares in self.attention.items())
 
     def floor(self) -> float:
-        """Seconds of the same on this machine: each product alone, on as many rows as a forward pass has on average."""
-        if self.x is None:
-            return 0.0
+        """Seconds of the same on this machine: each product alone, on as many rows as a call has on average."""
         found = 0.0
-        for (k, n), rows in self.all():
-            m = max(1, min(round(rows / self.passes), self.units // self.passes, int(MOST / (2.0 * k * n))))
-            x, w = self.x.new_ones(m, k), self.x.new_ones(n, k)
-            found += rows / m * timed(partial(F.linear, x, w), self.x.device)
-        squares = sum(float(n) ** 2 for n in self.lengths)
-        for (h, causal), count in self.attention.items():
-            length = max(1, round((squares / len(self.lengths)) ** 0.5)) if self.lengths else 0
-            found += count * squares / length**2 * self.softmax(h, length, causal) if length else 0.0
+        for (k, n), rows in self.rows.items():
+            m = max(1, min(round(rows / self.calls[k, n]), int(MOST / (2.0 * k * n))))
+            found += rows / m * self.product(k, n, m)
+        length = max(1, round((self.squares / max(self.sequences, 1)) ** 0.5))
+        for (h, causal), squares in self.attention.items():
+            found += squares / length**2 * self.softmax(h, length, causal)
         return found
+
+    def product(self, k: int, n: int, m: int) -> float:
+        """Seconds of one product of m rows, with a layer's own weight where that is a matrix of such numbers."""
+        assert self.x is not None
+        w = self.layer[k, n].weight.detach()
+        if w.dtype != self.x.dtype or sorted(w.shape) != sorted((k, n)):  # quantised
+            w = self.x.new_ones(n, k)
+        return timed(partial(F.linear, self.x.new_ones(m, k), w if w.shape == (n, k) else w.T), w.device)
 
     def softmax(self, h: Heads, length: int, causal: bool) -> float:
         """Seconds of one sequence's attention, forward."""
@@ -144,17 +168,22 @@ class Work:
         return timed(ask, q.device)
 
     def record(self) -> dict[str, Any]:
-        """For a run's summary: operations, the seconds of these alone, and what share of the steps' seconds that is."""
+        """For a run's summary: operations, the seconds of these alone, and what share of the steps' seconds that is.
+
+        A timing that fails, or that Ctrl-C ends, costs nobody a result: `floor` says why there is none.
+        """
         if not (self.steps and self.seconds):
             return {}
-        alone = self.floor()
-        return {
-            "steps": self.steps,
-            "seconds": self.seconds,
-            "flops": self.flops(),
-            "floor_seconds": alone,
-            "of_floor": alone / self.seconds,
-        }
+        told = {"steps": self.steps, "seconds": self.seconds}
+        if experts(self.step.model):
+            return told | {"floor": "not counted: experts multiply by parameters that are no layers"}
+        told["flops"] = self.flops()
+        try:
+            alone = self.floor()
+        except (Exception, Interrupted) as error:
+            said = str(error).partition("\n")[0]
+            return told | {"floor": f"not timed: {said or type(error).__name__}"}
+        return told | {"floor_seconds": alone, "of_floor": alone / self.seconds}
 
 
 def attending(model: nn.Module) -> Iterator[tuple[nn.Module, Heads]]:
@@ -165,17 +194,23 @@ def attending(model: nn.Module) -> Iterator[tuple[nn.Module, Heads]]:
         return
 
 
+def encoded(name: str) -> bool:
+    """Whether a layer of an encoder-decoder reads the encoder's tokens: its own, and what the decoder asks it for."""
+    parts = name.split(".")
+    return "encoder" in parts or (not CROSS.isdisjoint(parts) and any(plays(name, role) for role in ("k", "v")))
+
+
+def share(mask: Tensor | None) -> tuple[int, int]:
+    """(tokens that carry text, all of them) by a mask [rows, seq], or of keys that a query sees [*, queries, keys]."""
+    if mask is None:
+        return 1, 1
+    seen = mask if mask.ndim == 2 else mask.any(-2)
+    return int(seen.count_nonzero()), seen.numel()
+
+
 def asked(h: Heads, causal: bool) -> float:
     """Operations of one forward pass, by the square of a sequence's length: two products, half of them where causal."""
     return 4.0 * h.query * h.dim * (0.5 if causal else 1.0)
-
-
-def sequences(batch: Batch) -> list[int]:
-    """The lengths of a batch's sequences; [] where they are not of tokens."""
-    if batch.lens:
-        return list(batch.lens)
-    mask = batch.inputs.get("attention_mask")
-    return [] if mask is None or "input_ids" not in batch.inputs else mask.sum(1).tolist()
 
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
