@@ -295,9 +295,9 @@ def test_the_list_shows_all_that_the_registry_knows_in_a_hundred_columns(tmp_pat
         lines = call("methods", *flags).stdout.splitlines()
         assert max(map(len, lines)) <= 100
         text = " ".join(" ".join(lines).split())
-        assert "peft LORA; r: paper, table 9; alpha, all linear layers: ours; lr: ours)" in text
+        assert "peft LORA; r: paper, table 9; alpha, all linear layers: ours; lr: swept)" in text
         assert sites in text
-    assert "4 model.layers.5-8 (lr: default of its methods)" in text  # AdapterDrop's, one a block
+    assert "4 model.layers.5-8 (lr: swept)" in text  # AdapterDrop's, one a block
 
 
 RANGES = [

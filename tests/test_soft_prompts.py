@@ -337,6 +337,7 @@ def test_a_prefix_without_attention_is_refused(model, form):
 
 
 def test_several_prompts_start_apart_and_read_each_row_once():
+    torch.manual_seed(0)  # prompts are drawn each for itself: two may begin with one word
     model = attach(tiny("llama"), Prompt(2, count=3))
     sets = prompt_sets(model)
     assert sets == ((97, 98), (99, 100), (101, 102))

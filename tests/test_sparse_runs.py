@@ -142,7 +142,7 @@ def test_routing_and_drift_are_in_the_report(made, tmp_path):
     assert set(said["share_tuned"]) == {"model.layers.0", "model.layers.1"}
     assert all(0 <= share <= 1 for share in said["share_tuned"].values())
     assert said["sequences"] >= 6
-    assert "- spottune: sequences" in (tmp_path / "spot" / "report.md").read_text()
+    assert "- spottune: share tuned " in (tmp_path / "spot" / "report.md").read_text()
     run(config(made, "bitfit", tmp_path), out=tmp_path / "bitfit")
     drift = json.loads((tmp_path / "bitfit" / "eval.json").read_text())["methods"]["bitfit"]["drift"]
     assert set(drift) == {"query", "intermediate"}
