@@ -19,6 +19,7 @@ from deltatune.data.sources import renamed
 from deltatune.data.stream import Order, stream
 from deltatune.data.wanted import Intake, Wanted
 from deltatune.train.run import run
+from deltatune.train.sets import read_sets
 from models import tiny
 
 ABOUT = "{title}: {body} It was <mask>."
@@ -152,6 +153,14 @@ def test_a_renamed_column_that_is_not_there_is_named(tmp_path, wanted):
     list(examples(path, problems, Intake(columns={"storey": "text", "catgory": "label"}, wanted=wanted)))
     said = str(problems.errors[0])
     assert "data.columns names 'catgory', which is no column here. Did you mean 'category'?" in said
+
+
+def test_a_renamed_column_of_no_row_is_refused(tmp_path):
+    """Its rows could be read without it, so that nothing else would say so."""
+    rows = t.lines(tmp_path / "rows.jsonl", [{"text": "good film", "label": "pos"}] * 4)
+    config = t.config("any", rows, objective="classify", data={"columns": {"txet": "text"}})
+    with pytest.raises(ValueError, match=r"\{txet: text\}: no training row has .*'txet'.* text, label.*mean 'text'"):
+        read_sets(config, [])
 
 
 def test_columns_the_wrong_way_round_are_seen(tmp_path):

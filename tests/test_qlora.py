@@ -196,6 +196,17 @@ def manifest_vocab(made: Path) -> int:
     return int(json.loads((made / "model/config.json").read_text())["vocab_size"])
 
 
+@needs_packing
+def test_a_new_task_head_stays_as_it_is(tmp_path: Path):
+    """transformers leaves the last parameter's layer out by its name, which a head with a bias has not."""
+    rows = tiny_run.label_rows(tmp_path / "rows.jsonl", 12)
+    files = ["--model", tiny_run.masked_model(tmp_path / "m"), "--data", rows, "--out", tmp_path / "run"]
+    sets = [word for text in ("model.quant=nf4", "train.steps=2", "eval.retention=false") for word in ("--set", text)]
+    call("train", *files, "--objective", "classify", *sets)
+    stored = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert any("classifier.weight" in key for key in stored)
+
+
 def test_the_adapter_is_used_on_its_own_packing(made: Path):
     data = ["--data", made / "rows.jsonl", "--set", "eval.max_new_tokens=4", "--json"]
     tuned = json.loads(call("eval", "--adapter", made / "run", *data).stdout)

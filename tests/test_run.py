@@ -106,6 +106,7 @@ def test_the_folder_holds_exactly_its_files(made):
     checked = read(made / "run", "verified.json")
     assert checked["status"] == "done"
     names = ["labels", "coverage", "identity", "memory", "learning rate", "saved", "reload", "merge", "base"]
+    names.append("better than before")
     assert [c["name"] for c in checked["checks"]] == names
     events = [json.loads(line) for line in (made / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]

@@ -574,7 +574,7 @@ MISTAKES = [
     (Prompt, {"init": "text"}, "init 'text' needs text"),
     (PTuning, {"init": "vocb"}, "PTuning init 'vocb': choose from vocab, random, text, labels.* Did you mean 'vocab'"),
     (PTuning, {"init": "text"}, "PTuning init 'text' needs text"),
-    (Prompt, {"labels": ("a",)}, "needs labels, no other does: init 'vocab'"),
+    (Prompt, {"labels": ("a",)}, "needs labels, no other: init='vocab'"),
     (Prompt, {"count": 0}, "Prompt count must be a whole number >= 1, got 0"),
     (Prompt, {"combine": "mean"}, "Prompt combine 'mean': choose from vote, average"),
     (Prompt, {"length": 1, "init": "labels", "labels": ("a", "b")}, "length 1 is too short for 2 labels"),

@@ -275,3 +275,22 @@ def test_a_fault_before_step_1_ends_the_run_and_is_written_down(made, tmp_path, 
         run(t.config(made / "model", str(made / "rows.jsonl")), out=tmp_path / "run")
     assert '"unverified"' in (tmp_path / "run" / "verified.json").read_text()
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+MEASURED = [  # metric, higher is better, gain, loss before and after -> said
+    ("accuracy", True, [0.1, 0.05, 0.2], 0.7, 0.6, True),
+    ("accuracy", True, [0.1, -0.05, 0.2], 0.7, 0.9, True),  # surer of fewer mistakes
+    ("accuracy", True, [0.0, -0.1, 0.1], 0.69, 945.7, None),
+    ("accuracy", True, [-0.3, -0.4, -0.2], 0.7, 0.6, None),
+    ("wer", False, [-0.3, -0.4, -0.2], 0.7, 0.6, True),
+    ("loss", False, None, 0.7, float("nan"), None),
+    ("loss", False, None, 0.7, 0.6, True),
+]
+
+
+@pytest.mark.parametrize(("metric", "higher", "gain", "was", "now", "said"), MEASURED)
+def test_a_run_that_made_it_worse_is_said(metric, higher, gain, was, now, said):
+    found = {"metric": metric, "higher_is_better": higher, "gain": {metric: gain} if gain else {}}
+    check = verify.not_worse(found | {"before": {"loss": was}, "after": {"loss": now}})
+    assert (check.ok, check.warns) == (said, said is None)
+    assert said or "do not use it as it is" in str(check)

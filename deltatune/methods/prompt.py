@@ -62,7 +62,7 @@ class Prompt:
         object.__setattr__(self, "ids", tuple(tuple(i) for i in self.ids))
         for kind, given in (("text", self.text), ("labels", self.labels)):
             if (self.init == kind) != bool(given or (self.ids and self.init == kind)):
-                raise ValueError(f"{who} init {kind!r} needs {kind}, no other does: init {self.init!r}, {given!r}")
+                raise ValueError(f"{who} init {kind!r} needs {kind}, no other: init={self.init!r}, {kind}={given!r}")
         if (named := len(self.labels)) > self.length:
             raise ValueError(f"{who} length {self.length} is too short for {named} labels")
         if self.count > 1 and (self.init == "text" or named == self.length):

@@ -38,6 +38,8 @@ def load(auto: str, path: Path | str, config: Any, **options: Any) -> Any:
         torch.manual_seed(0)
         opener = getattr(transformers, auto).from_pretrained
         headed = {"ignore_mismatched_sizes": True} if auto in HEADED else {}
+        if headed and "quantization_config" in options:
+            options["quantization_config"].llm_int8_skip_modules = unpacked(auto, config)
         model, info = opener(path, use_safetensors=True, output_loading_info=True, **headed, **options)
     heads = tuple(head_modules(model)) if auto in HEADED else ()
     sizes = {key[0] if isinstance(key, tuple) else key for key in info["mismatched_keys"]}
@@ -50,6 +52,15 @@ def load(auto: str, path: Path | str, config: Any, **options: Any) -> Any:
             "it is a checkpoint of another architecture or task, and untrained weights would pass for trained ones"
         )
     return model
+
+
+def unpacked(auto: str, config: Any) -> list[str]:
+    """What a checkpoint may lack, so that there is nothing to pack: the task heads, and a pooler before them."""
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, auto).from_config(config)
+    return [*head_modules(model), *(name for name, _ in model.named_modules() if name.endswith("pooler"))]
 
 
 def headed_for(auto: str, config: Any) -> None:

@@ -313,6 +313,7 @@ def closing(job: Job, folder: Path, opened: Opened, loop: Loop, work: Work, cloc
         checks = [*opened.checks, *after_training(job, folder / "adapter", opened)]
     with clock.phase("after"):
         result = evidence.after(job, opened.first)
+        checks.append(verify.not_worse(result))
     highest = dict(clock.memory)  # before more is computed, of which the run had no need
     with clock.phase("floor"):
         alone = work.record()

@@ -10,7 +10,7 @@ from ..config import Config
 from ..data import formats
 from ..data.check import remarks
 from ..data.example import Example
-from ..data.problems import Problems
+from ..data.problems import Problems, nearest
 from ..data.sources import files, task_of
 from ..data.stream import Order, stream
 from ..data.wanted import Intake
@@ -24,6 +24,7 @@ def read_sets(config: Config, notes: list[str]) -> tuple[list[Example], list[Exa
     train = peeked(config, notes) if config.data.streaming else read(config.data.train, config, notes)
     if not train:
         raise ValueError(f"{', '.join(config.data.train)}: no rows to train on")
+    demand_columns(config, train)
     held = measured("eval", read(config.data.eval, config, notes), config, notes)
     if config.data.eval and not held:
         raise ValueError(f"{', '.join(config.data.eval)}: no rows to measure on")
@@ -32,6 +33,17 @@ def read_sets(config: Config, notes: list[str]) -> tuple[list[Example], list[Exa
     notes += remarks(train, held, config.goal[0])
     ood = {name: read(refs, config, notes) for name, refs in config.data.ood.items()}
     return train, held, {name: measured(f"ood {name}", rows, config, notes) for name, rows in ood.items()}
+
+
+def demand_columns(config: Config, train: Sequence[Example]) -> None:
+    """ValueError for a column that `data.columns` renames and no training row has."""
+    have = list(dict.fromkeys(str(name) for row in train for name in row.row))
+    for name, new in intake(config).names.items():
+        if name not in have:
+            raise ValueError(
+                f"data.columns: {{{name}: {new}}}: no training row has the column {name!r}; there are "
+                f"{', '.join(have)}.{nearest(name, have)}"
+            )
 
 
 def peeked(config: Config, notes: list[str]) -> list[Example]:

@@ -56,6 +56,17 @@ def head_kept(job: Job) -> Check:
     return Check("task head", None, f"{said} from: keep it yourself, or attach(model, [..., Head()])", warns=True)
 
 
+def not_worse(found: Mapping[str, Any]) -> Check:
+    """Of eval.json's numbers: a warning where the metric surely fell, or did not rise while the loss did."""
+    metric, (was, now) = found["metric"], (found[side].get("loss") for side in ("before", "after"))
+    change = [x if found["higher_is_better"] else -x for x in found["gain"].get(metric, ()) if x is not None]
+    lost = was is not None and now is not None and not now <= was
+    if max(change, default=0.0) < 0 or (lost and (not change or change[0] <= 0)):
+        sides = (f"{name} {found['before'].get(name)} -> {found['after'].get(name)}" for name in {metric: 0, "loss": 0})
+        return Check("better than before", None, f"{', '.join(sides)}: do not use it as it is", warns=True)
+    return Check("better than before", True, "no worse on the rows that were measured")
+
+
 def demand(checks: Sequence[Check]) -> None:
     """VerificationError that names every failed check."""
     failed = [f"{c.name}: {c.detail}" for c in checks if c.ok is False]
