@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deltatune import blocks
-from deltatune.marks import Problem, Spot, dotted
+from deltatune.marks import Problem, Spot, dotted, nearest
 
 # Names people bring from transformers, trl, LLaMA-Factory and axolotl.
 FAMILIAR: dict[str, str] = {
@@ -75,6 +75,22 @@ def word_list(value: Any) -> Any:
     if isinstance(value, str) and value in ("all", "all-linear"):
         return "all"
     return [part.strip() for part in value.split(",")] if isinstance(value, str) and "," in value else value
+
+
+def switch(value: Any) -> Any:
+    """A boolean as on / off."""
+    return ("off", "on")[value] if isinstance(value, bool) else value
+
+
+def recomputed(value: Any) -> Any:
+    """How much is recomputed: a switch, a number of blocks, or below 1 a share of them."""
+    value = switch(value)
+    if isinstance(value, (int, float)) and value >= 0 and (value < 1 or value % 1 == 0):
+        return int(value) if value >= 1 else value or "off"
+    if value not in ("auto", "on", "off"):
+        near = nearest(value, ("auto", "on", "off")) if isinstance(value, str) else ""
+        raise ValueError(f"choose auto, on, off, a number of blocks, or a share of them below 1{near}")
+    return value
 
 
 def optimizer(value: Any) -> Any:

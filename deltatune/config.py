@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deltatune import blocks
-from deltatune.aliases import Draft, lookup, override, rivals, settle, shape, shown
+from deltatune.aliases import Draft, lookup, override, recomputed, rivals, settle, shape, shown, switch
 from deltatune.marks import ConfigError, Problem, Spot, dotted, nearest, read_file, read_text, read_value, to_yaml
 
 __all__ = ["Config", "ConfigError", "Override", "Resolved", "dump", "load", "resolve", "schema"]
@@ -22,11 +22,6 @@ def number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a number is wanted")
     return value
-
-
-def switch(value: Any) -> Any:
-    """A boolean as on / off."""
-    return ("off", "on")[value] if isinstance(value, bool) else value
 
 
 def listed(value: Any) -> Any:
@@ -86,6 +81,7 @@ Seed = Annotated[int, BeforeValidator(number), Field(ge=0, lt=2**63)]
 Positive = Annotated[float, BeforeValidator(number), Field(gt=0)]
 Amount = Annotated[float, BeforeValidator(number), Field(ge=0)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)]
+Recomputed = Annotated[Literal["auto", "on", "off"] | int | float, BeforeValidator(recomputed)]
 Numbers = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(dtype)]
 Refs = Annotated[tuple[str, ...], BeforeValidator(listed)]
 Named = Annotated[tuple[str, ...], BeforeValidator(sets)]
@@ -183,8 +179,9 @@ class Train(Section):
     """Checkpoints kept."""
     compile: Switch = "auto"
     """Compile the blocks."""
-    checkpoint_gradients: Switch = "auto"
-    """Recompute activations in the backward pass to save memory."""
+    checkpoint_gradients: Recomputed = "auto"
+    """Recompute activations in the backward pass to save memory: of all blocks, of a number of them, or below 1 of a
+    share; auto takes as few as fit."""
     cache_activations: Switch = "auto"
     """Compute what frozen blocks below everything that trains make of a row once for all epochs."""
     optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "adafactor", "adafactor-relative"] = "adamw"

@@ -147,6 +147,8 @@ SECTIONS = [
     ({"data": {"train": "a", "columns": {"q": "prompt"}}}, "data", "columns", {"q": "prompt"}),
     ({"train": {"compile": True}}, "train", "compile", "on"),
     ({"train": {"checkpoint_gradients": False}}, "train", "checkpoint_gradients", "off"),
+    ({"train": {"checkpoint_gradients": 3.0}}, "train", "checkpoint_gradients", 3),
+    ({"train": {"checkpoint_gradients": 0.25}}, "train", "checkpoint_gradients", 0.25),
     ({"train": {"precision": "bfloat16"}}, "train", "precision", "bf16"),
     ({"output": "out"}, "output", "dir", "out"),
 ]

@@ -30,13 +30,13 @@ def test_rows_never_outgrow_the_models_positions(made):
 
 
 def test_activations_are_recomputed_when_memory_would_not_do(made, monkeypatch):
-    assert job(made).recompute is False
+    assert job(made).recompute == 0
     monkeypatch.setattr(memory, "free", lambda: 1)
     tight = job(made)
-    assert tight.recompute is True
+    assert tight.recompute == 2
     assert tight.config.train.checkpoint_gradients == "on"  # a resumed run does the same
     assert any("gradient checkpointing is on" in note for note in tight.notes)
-    assert job(made, train={"checkpoint_gradients": "off"}).recompute is False
+    assert job(made, train={"checkpoint_gradients": "off"}).recompute == 0
 
 
 def test_recomputation_lowers_the_prediction(made):
@@ -44,7 +44,7 @@ def test_recomputation_lowers_the_prediction(made):
     parts = memory.estimate(one)
     assert parts["total"] == sum(v for k, v in parts.items() if k != "total")
     assert parts["weights"] == 4 * sum(p.numel() for n, p in one.model.named_parameters() if "delta_slot" not in n)
-    one.recompute = True
+    one.recompute = 1
     assert memory.estimate(one)["activations"] < parts["activations"]
 
 

@@ -168,6 +168,8 @@ def foreseen(plan: Mapping[str, Any]) -> Iterator[str]:
     need = plan["predicted_memory_bytes"]
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in need.items() if name != "total")
     yield f"memory: {gigabytes(need['total'])} predicted ({parts}), {gigabytes(plan['free_memory_bytes'])} free"
+    if again := plan["recomputed_blocks"]:
+        yield f"gradient checkpointing: {again} of {plan['blocks']} blocks run again in the backward pass"
     yield from (f"note: {text}" for text in plan["notes"] if text not in plan.get("said", ()))
 
 

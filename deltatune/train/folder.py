@@ -31,6 +31,7 @@ from ..report import page
 from .job import Job
 from .measure import PARTS_OF_STEP
 from .place import Run
+from .recompute import count
 from .sets import streamed
 from .verify import Check, sample
 
@@ -154,6 +155,7 @@ def environment(job: Job) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "dtype": str(next(job.model.parameters()).dtype).removeprefix("torch."),
         "seed": job.config.train.seed,
+        "recomputed_blocks": count(job),
         "base": base_of(job),
         "data": {"train": training_rows(job), "eval": digest(job.eval)}
         | {name: digest(rows) for name, rows in job.ood.items()},

@@ -18,6 +18,7 @@ from ..config import Config, recipes
 from ..core.attach import activate, attach, attached, each, known, packing, running, trainable
 from ..core.attention import unpackable
 from ..core.delta import SLOT, Given, to_train
+from ..core.recompute import recomputing
 from ..core.registry import bound
 from ..core.site import fresh, head_modules
 from ..core.sparse import unthinned
@@ -38,7 +39,7 @@ from ..methods.tokens import NewTokens
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
-from . import memory
+from . import recompute
 from .lengths import fitting, longest, unread
 from .opening import DTYPES, open_model, tokenizer_of
 from .prompts import check_prompts, with_tasks
@@ -71,7 +72,7 @@ class Job:
     rows: list[Encoded] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     baselines: Sequence[Prompt] = ()  # ways to ask the untuned model; () tries the row as it is
-    recompute: bool = False  # gradient checkpointing
+    recompute: int = 0  # how many blocks (`units`) gradient checkpointing runs again
     sizes: list[int] = field(default_factory=list)  # rows of each training set, where they are mixed
     fresh: bool = True  # the adapter was attached for this run, untrained
     kept: dict[tuple[int, Encoding], tuple[Example, list[Encoded]]] = field(default_factory=dict)  # of `measured`
@@ -298,11 +299,11 @@ def settle(job: Job) -> Job:
         if rows:  # a row that cannot be measured is better known now than after hours
             told(job, name, rows)
             measurable(job, rows)
-    job.recompute = recomputes(job)
+    job.recompute = recompute.chosen(job)
     pinned = {
         "precision": {v: k for k, v in DTYPES.items()}.get(next(job.model.parameters()).dtype, "auto"),
         "compile": "off",
-        "checkpoint_gradients": "on" if job.recompute else "off",
+        "checkpoint_gradients": recompute.pinned(job),
     }
     job.config = job.config.model_copy(update={"train": job.config.train.model_copy(update=pinned)})
     return job
@@ -346,41 +347,21 @@ def told(job: Job, name: str, examples: Sequence[Example]) -> list[Encoded]:
     return rows
 
 
-def recomputes(job: Job) -> bool:
-    """Whether activations are recomputed: as asked, or (auto) where the prediction would not fit without."""
-    wanted, able = job.config.train.checkpoint_gradients, getattr(job.model, "supports_gradient_checkpointing", False)
-    if wanted == "on" and not able:
-        raise ValueError(
-            f"train.checkpoint_gradients: on is not possible for {type(job.model).__name__}; leave it auto"
-        )
-    if wanted != "auto" or not able:
-        return wanted == "on"
-    predicted = memory.estimate(job)["total"]
-    if predicted <= memory.free():
-        return False
-    job.notes.append(f"gradient checkpointing is on: {predicted / 2**30:.1f} GiB would not fit without")
-    return True
-
-
 @contextmanager
 def in_training(job: Job) -> Iterator[None]:
     """The model as the run needs it (packing, recomputation, deterministic operations), and afterwards as it was."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     packs = job.batching().packing
-    recomputed = any(getattr(module, "gradient_checkpointing", False) for module in job.model.modules())
     modes = [(module, module.training) for module in job.model.modules()]
     torch.use_deterministic_algorithms(job.config.train.deterministic)
     if packs:
         packing(job.model)
-    if job.recompute:
-        job.model.activation_checkpointing_enable({"use_reentrant": False})
     try:
-        yield
+        with recomputing(job.model, job.recompute):
+            yield
     finally:
         job.known = None
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        if job.recompute and not recomputed:
-            job.model.activation_checkpointing_disable()
         if packs and job.adapter in attached(job.model):
             packing(job.model, False)
         for module, training in modes:

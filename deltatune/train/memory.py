@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..core.delta import SLOT
-from ..core.site import output_layer
+from ..core.recompute import held as blocks_held
+from ..core.recompute import units
+from ..core.site import blocks, output_layer
 from ..data.media import reads
 from ..machine import free_memory
 from ..objectives.branches import branches
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 ACTIVATIONS = (
     34  # bytes per token, layer and hidden unit of a block without recomputation (Korthikanti 2022, eq. 2), at bf16
 )
-RECOMPUTED = 2  # with gradient checkpointing only the blocks' inputs stay
+RECOMPUTED = 2  # of a recomputed block only its input stays
 
 
 def estimate(job: Job) -> dict[str, int]:
@@ -38,19 +40,33 @@ def estimate(job: Job) -> dict[str, int]:
     depth = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)
     hidden = int(config.hidden_size)
     wide = 2 if next(job.model.parameters()).dtype == torch.float32 else 1
-    per_layer = RECOMPUTED if job.recompute else ACTIVATIONS
     supervised = sum(map(learned, job.rows)) / max(sum(map(Passes.of(job).tokens, job.rows)), 1)
+    # logits in fp32, their gradient, and the softmax in between
+    logits = 0 if job.objective.task_head else held(job, int(tokens * supervised)) * 12
     parts = {
         "weights": base,
         "gradients": tuned * 4,
         "optimizer": tuned * 8 + masters,
-        "activations": tokens * hidden * depth * per_layer * wide,
-        # logits in fp32, their gradient, and the softmax in between
-        "logits": 0 if job.objective.task_head else held(job, int(tokens * supervised)) * 12,
+        "activations": activations(job, depth, (tokens * hidden * wide, logits)),
+        "logits": logits,
     }
     if unchosen:  # before step 1: a value, its gradient and its score, of what will not be kept
         parts["choosing"] = unchosen * 12
     return {**parts, "total": sum(parts.values())}
+
+
+def activations(job: Job, depth: int, sizes: tuple[int, int]) -> int:
+    """Bytes that `depth` layers hold for the backward pass, with as many recomputed as the job says.
+
+    sizes: tokens times hidden units at bf16, in bytes / 2; the logits, which are gone when the first of the recomputed
+    layers holds all it needs once more.
+    """
+    unit, logits = sizes
+    names, there = blocks(job.model), units(job.model)
+    layers = depth * len(blocks_held(job.model)) / len(names) if names else depth
+    each = layers / max(len(there), 1)
+    rest = max((layers - job.recompute * each) * ACTIVATIONS * unit, ACTIVATIONS * unit - logits)
+    return int(job.recompute * each * RECOMPUTED * unit + rest)
 
 
 def batch_tokens(job: Job) -> int:
@@ -110,13 +126,13 @@ def free() -> int:
     return free_memory()
 
 
-def warning(predicted: Mapping[str, int]) -> str | None:
-    """What to say when the estimate does not fit; None when it does."""
+def warning(predicted: Mapping[str, int], more: bool = True) -> str | None:
+    """What to say when the estimate does not fit; None when it does. more: whether more could be recomputed."""
     total, available = predicted["total"], free()
     if total <= available:
         return None
     most = max((k for k in predicted if k != "total"), key=lambda k: predicted[k])
     return (
         f"predicted peak memory {total / 2**30:.1f} GiB (mostly {most}), free {available / 2**30:.1f} GiB: "
-        "lower train.batch_tokens (or batch_rows), or set train.checkpoint_gradients: on"
+        f"lower train.batch_tokens (or batch_rows){', or set train.checkpoint_gradients: on' * more}"
     )

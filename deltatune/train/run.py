@@ -18,7 +18,9 @@ from .. import quickstart as demo
 from ..config import Config, Data, Eval, Train, dump, load, resolve
 from ..core.attach import activate, fold, known
 from ..core.attach import prepare as prepare_adapter
+from ..core.recompute import units
 from ..core.registry import rated, sane_lr, spec
+from ..core.site import blocks
 from ..core.store import save, state
 from ..core.vocabulary import words
 from ..data.problems import nearest
@@ -29,7 +31,7 @@ from ..machine import peak_bytes
 from ..objectives import build as build_objective
 from ..objectives import record
 from ..report.progress import progress, show
-from . import evidence, memory, verify
+from . import evidence, memory, recompute, verify
 from .checkpoint import Store
 from .folder import Cost, Finished, base_of, claimed, environment, finish, verified, write, write_json
 from .guard import GuardStop, Interrupted, Stop, VerificationError, signals
@@ -176,6 +178,8 @@ def plan(config: Config) -> dict[str, Any]:
         "steps": job.steps(sampler),
         "trainable_parameters": job.to_train(),
         "dtype": job.config.train.precision,
+        "recomputed_blocks": recompute.count(job),
+        "blocks": len(blocks(job.model)),
         "predicted_memory_bytes": memory.estimate(job),
         "free_memory_bytes": memory.free(),
         "notes": job.notes,
@@ -257,7 +261,7 @@ def before_training(job: Job) -> list[verify.Check]:
     checks = [verify.labels_audited(job), verify.covered(job), verify.starts_as_base(job)]
     checks += [verify.head_kept(job)] if job.objective.task_head else []
     predicted = memory.estimate(job)
-    said = memory.warning(predicted)
+    said = memory.warning(predicted, more=job.recompute < len(units(job.model)))
     seen = said or f"{predicted['total'] / 2**30:.2f} GiB predicted, {memory.free() / 2**30:.2f} GiB free"
     checks.append(verify.Check("memory", None if said else True, seen, warns=said is not None))
     rate, fixed = float(job.config.train.lr or 0), job.config.train.optimizer != "adafactor-relative"
