@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -33,6 +33,19 @@ class Mask:
 
     see: Tensor | None  # [batch or 1, heads or 1, queries, keys], bool or additive
     causal: bool
+    made: dict[Any, Mask] = field(default_factory=dict, compare=False, repr=False)  # what `shared` has made of it
+
+    def shared(self, p: int, query: Tensor, keys: int) -> Mask:
+        """`grown` for all rows, made once for all layers: additive as sdpa's kernels read it, so that they need not
+        each make and keep one."""
+        how = (p, query.dtype, query.device)
+        if how not in self.made:
+            found = self.grown(p, None, query, keys)
+            if found.see is not None and found.see.dtype == torch.bool:
+                see = query.new_zeros(()).expand(found.see.shape).masked_fill(~found.see, float("-inf"))
+                found = Mask(see, found.causal)
+            self.made[how] = found
+        return self.made[how]
 
     def grown(self, p: int, visible: Tensor | None, query: Tensor, keys: int) -> Mask:
         """The mask with p positions in front of `keys` others, seen by all queries of the rows `visible` [batch, p]."""
@@ -64,8 +77,10 @@ class Group:
 
     def gather(self, x: Tensor) -> Tensor:
         """x [1, heads, tokens, d] -> [sequences, heads, length, d]."""
-        rows = [x[:, :, start : start + self.length] for start in self.starts]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        count, start = len(self.starts), self.starts[0]
+        if self.starts[-1] - start == (count - 1) * self.length:  # side by side: as they lie
+            return x[0, :, start : start + count * self.length].unflatten(1, (count, self.length)).transpose(0, 1)
+        return torch.cat([x[:, :, start : start + self.length] for start in self.starts])
 
 
 @dataclass(frozen=True)
@@ -231,11 +246,16 @@ def _attend_packed(
         query, key, value = (group.gather(x) for x in tensors)
         mask = group.mask
         if front is not None:
-            order = list(group.order)
+            order = slice(None) if len(packed.groups) == 1 else list(group.order)
             k, v, visible = front
-            mask = mask.grown(k.shape[2], None if visible is None else visible[order], query, group.length)
+            if visible is None:
+                mask = mask.shared(k.shape[2], query, group.length)
+            else:
+                mask = mask.grown(k.shape[2], visible[order], query, group.length)
             key, value = torch.cat([k[order], key], dim=2), torch.cat([v[order], value], dim=2)
         done = _softmax(module, (query, key, value), mask.see, {**how, "is_causal": mask.causal})
+        if len(packed.groups) == 1:
+            return done.flatten(0, 1)[None]
         for i, row in zip(group.order, done.split(1), strict=True):
             out[i] = row
     return torch.cat(out, dim=1)

@@ -53,15 +53,15 @@ class Joint:
             return None
         if (found := self.factors(x)) is None:
             return None
-        a, b, own = found
+        a, b, others = found
         low = by_row(F.linear(x, a), self.count)
         # not a product with 0: what overflows for another row's adapter stays out
-        low = torch.where(own.view(self.count, *[1] * (low.dim() - 2), -1), low, low.new_zeros(())).flatten(0, -2)
+        low = low.masked_fill(others.view(self.count, *[1] * (low.dim() - 2), -1), 0.0).flatten(0, -2)
         part = take(y, self.columns)
         return put(y, self.columns, torch.addmm(part.flatten(0, -2), low, b.T).view_as(part))
 
     def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(A [r, d_in], s B [d_out, r], each row's own of r [count, r]), kept while no gradient is recorded."""
+        """(A [r, d_in], s B [d_out, r], what of r is other rows' [count, r]), kept while no gradient is recorded."""
         if torch.is_grad_enabled() or any(p.is_inference() for p in self.params):
             self.kept = None
             return self.made(x)
@@ -74,15 +74,15 @@ class Joint:
         found = [(name, low) for name, delta in self.parts if (low := delta.low_rank())]
         if not all(bool(t.isfinite().all()) for _, (a, b, _) in found for t in (a, b)):
             return None
-        own = torch.zeros(self.count, sum(len(a) for _, (a, _, _) in found), dtype=torch.bool, device=x.device)
+        others = torch.ones(self.count, sum(len(a) for _, (a, _, _) in found), dtype=torch.bool, device=x.device)
         at = 0
         for name, (a, _, _) in found:
-            own[self.rows[name].to(x.device), at : at + len(a)] = True
+            others[self.rows[name].to(x.device), at : at + len(a)] = False
             at += len(a)
         down = [a for _, (a, _, _) in found]
         exact = [b.to(torch.promote_types(b.dtype, x.dtype)) for _, (_, b, _) in found]  # scaled, then rounded
         up = [scale * b for b, (_, (_, _, scale)) in zip(exact, found, strict=True)]
-        return torch.cat(down).to(x.dtype), torch.cat(up, 1).to(x.dtype), own
+        return torch.cat(down).to(x.dtype), torch.cat(up, 1).to(x.dtype), others
 
 
 def split(

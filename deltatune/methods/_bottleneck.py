@@ -47,7 +47,9 @@ class Bottleneck(Delta):
 
     def change(self, h: Tensor, y: Tensor) -> Tensor:
         """h [*, d_in] -> what is added to y [*, d_out], in y's dtype."""
-        return (self.scale * self.up(self.act(self.down(h.to(self.down.weight.dtype))))).to(y.dtype)
+        made = self.up(self.act(self.down(h.to(self.down.weight.dtype))))
+        plain = not isinstance(self.scale, Tensor) and self.scale == 1  # a product that changes no bit
+        return (made if plain else self.scale * made).to(y.dtype)
 
     def own_input(self, x: Tensor, y: Tensor) -> Tensor:
         return x if self.site.is_span else y
