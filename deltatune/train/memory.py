@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 ACTIVATIONS = (
     34  # bytes per token, layer and hidden unit of a block without recomputation (Korthikanti 2022, eq. 2), at bf16
 )
+# bytes of both moments for each number that trains; Adafactor has a row and a column of them for a matrix
+MOMENTS = {"adamw-bf16": 4, "adamw-8bit": 2, "adafactor": 0, "adafactor-relative": 0}
 RECOMPUTED = 2  # of a recomputed block only its input stays
 
 
@@ -35,7 +37,6 @@ def estimate(job: Job) -> dict[str, int]:
     base = sum(p.numel() * p.element_size() for n, p in job.model.named_parameters() if SLOT not in n)
     trainable, tuned = job.trainable(), job.to_train()
     unchosen = sum(p.numel() for p in trainable.values()) - tuned
-    masters = sum(p.numel() * 4 for p in trainable.values() if p.dtype != torch.float32)
     tokens = batch_tokens(job)
     depth = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)
     hidden = int(config.hidden_size)
@@ -45,8 +46,7 @@ def estimate(job: Job) -> dict[str, int]:
     logits = 0 if job.objective.task_head else held(job, int(tokens * supervised)) * 12
     parts = {
         "weights": base,
-        "gradients": tuned * 4,
-        "optimizer": tuned * 8 + masters,
+        **stepping(job, tuned, sum(p.numel() for p in trainable.values() if p.dtype != torch.float32)),
         "activations": activations(job, depth, (tokens * hidden * wide, logits)),
         "logits": logits,
     }
@@ -67,6 +67,17 @@ def activations(job: Job, depth: int, sizes: tuple[int, int]) -> int:
     each = layers / max(len(there), 1)
     rest = max((layers - job.recompute * each) * ACTIVATIONS * unit, ACTIVATIONS * unit - logits)
     return int(job.recompute * each * RECOMPUTED * unit + rest)
+
+
+def stepping(job: Job, tuned: int, half: int) -> dict[str, int]:
+    """Bytes of gradients and optimizer where `tuned` numbers train, `half` of them in half precision."""
+    t = job.config.train
+    moments = tuned * MOMENTS.get(t.optimizer, 8)
+    if t.rounding == "masters":
+        return {"gradients": tuned * 4, "optimizer": moments + half * 4}
+    # without masters a gradient stays in bf16; a sum over micro-batches lies beside the newest one
+    saved = min(half, tuned) * 2 if t.accumulate == 1 else 0
+    return {"gradients": tuned * 4 - saved, "optimizer": moments}
 
 
 def batch_tokens(job: Job) -> int:
