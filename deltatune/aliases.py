@@ -32,6 +32,7 @@ FAMILIAR: dict[str, str] = {
     **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "train.checkpoint_gradients"),
     "torch_compile": "train.compile",
     **dict.fromkeys(("optim", "optimizer"), "train.optimizer"),
+    **dict.fromkeys(("bf16_stochastic_round", "pure_bf16"), "train.rounding"),
     "neftune_noise_alpha": "train.neftune",
     "early_stopping_patience": "train.patience",
     "eval_steps": "train.eval_every",
@@ -77,15 +78,19 @@ def word_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) and "," in value else value
 
 
+# AdamW variants of other programs: transformers' names, and SimpleTuner's adamw_bf16, which has bf16 moments too.
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw-8bit"),
+    **dict.fromkeys(("adamw_anyprecision", "adamw_bf16"), "adamw-bf16"),
+    "paged_adamw_32bit": "paged-adamw",
+}
+
+
 def optimizer(value: Any) -> Any:
-    """The names that transformers has for its AdamW variants as ours."""
+    """The names that other programs have for AdamW variants as ours; every further `adamw_...` is AdamW."""
     if not isinstance(value, str):
         return value
-    if value in ("adamw_8bit", "adamw_bnb_8bit"):
-        return "adamw-8bit"
-    if value == "paged_adamw_32bit":
-        return "paged-adamw"
-    return "adamw" if value.startswith("adamw") and value != "adamw-8bit" else value
+    return OPTIMIZERS.get(value, "adamw" if value.startswith("adamw_") else value)
 
 
 TRANSLATED: dict[str, Callable[[Any], Any]] = {
@@ -95,6 +100,8 @@ TRANSLATED: dict[str, Callable[[Any], Any]] = {
     "quantization_bit": lambda value: "nf4" if value == 4 else value,
     "bf16": lambda value: {True: "bf16", False: "fp32"}.get(value, value),
     **dict.fromkeys(("optim", "optimizer"), optimizer),
+    # LLaMA-Factory's pure_bf16 has no masters either, but rounds to the nearest, which loses small steps.
+    **dict.fromkeys(("bf16_stochastic_round", "pure_bf16"), lambda v: {True: "stochastic", False: "masters"}.get(v, v)),
     "lr_scheduler_type": lambda value: "cosine" if value == "cosine_with_min_lr" else value,
     # transformers writes "no limit" as -1 or 0 here; an unset key says the same.
     "max_steps": lambda value: None if value in (-1, 0) else value,

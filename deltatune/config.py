@@ -187,8 +187,10 @@ class Train(Section):
     """Recompute activations in the backward pass to save memory."""
     cache_activations: Switch = "auto"
     """Compute what frozen blocks below everything that trains make of a row once for all epochs."""
-    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "adafactor", "adafactor-relative"] = "adamw"
+    optimizer: Literal["adamw", "adamw-bf16", "adamw-8bit", "paged-adamw", "adafactor", "adafactor-relative"] = "adamw"
     """adafactor-relative finds its own step size and takes neither lr nor schedule."""
+    rounding: Literal["masters", "stochastic"] = "masters"
+    """How bf16 parameters are stepped: through fp32 masters, or (AdamW) themselves, rounded up or down by chance."""
     neftune: Amount = 0.0
     """NEFTune noise on the embeddings (arXiv:2310.05914); 0 is off."""
     patience: Count | None = None
@@ -277,8 +279,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     name: tuple(SECTIONS[name].model_fields) if name in SECTIONS else () for name in Config.model_fields
 }
 LATER: dict[Spot, str] = {
-    ("strategy",): "strategies are not in this version; one data set or a list of them (data.train) is trained as it "
-    "is; leave strategy out",
+    ("strategy",): "strategies are not in this version: leave it out, and give data.train one set or a list of them",
 }
 
 

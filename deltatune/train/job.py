@@ -41,7 +41,9 @@ from ..zoo import dtype as best_dtype
 from . import memory
 from .lengths import fitting, longest, unread
 from .opening import DTYPES, open_model, tokenizer_of
+from .opening import dtype as asked_dtype
 from .prompts import check_prompts, with_tasks
+from .rounding import check
 from .sampler import Sampler
 from .sets import SAMPLE, intake, read, read_sets, streamed, tasks
 from .streaming import Flow, Source
@@ -269,6 +271,7 @@ def with_rows(tokens: NewTokens, added: tuple[int, ...]) -> NewTokens:
 def prepare(config: Config) -> Job:
     """Read the data, open the model, attach the method, encode the rows. ValueError or Refusal where it cannot work."""
     check_supported(config)
+    check(config.train.rounding, [asked_dtype(config)])
     notes = recipes(config)
     train, held, ood = read_sets(config, notes)
     objective = build_objective(config.objective).fit(train)
@@ -288,6 +291,7 @@ def prepare(config: Config) -> Job:
 
 def settle(job: Job) -> Job:
     """Bind the objective to the tokenizer, encode with the adapter's virtual ids in front, and pin what was `auto`."""
+    check(job.config.train.rounding, {p.dtype for p in job.trainable().values()})
     check_prompts(settle_encoding(job))
     job.notes += unread(job)
     job.rows = told(job, "training", job.train)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 ACTIVATIONS = (
     34  # bytes per token, layer and hidden unit of a block without recomputation (Korthikanti 2022, eq. 2), at bf16
 )
+# bytes of both moments for each number that trains; Adafactor has a row and a column of them for a matrix
+MOMENTS = {"adamw-bf16": 4, "adamw-8bit": 2, "adafactor": 0, "adafactor-relative": 0}
 RECOMPUTED = 2  # with gradient checkpointing only the blocks' inputs stay
 
 
@@ -33,7 +35,6 @@ def estimate(job: Job) -> dict[str, int]:
     base = sum(p.numel() * p.element_size() for n, p in job.model.named_parameters() if SLOT not in n)
     trainable, tuned = job.trainable(), job.to_train()
     unchosen = sum(p.numel() for p in trainable.values()) - tuned
-    masters = sum(p.numel() * 4 for p in trainable.values() if p.dtype != torch.float32)
     tokens = batch_tokens(job)
     depth = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)
     hidden = int(config.hidden_size)
@@ -42,8 +43,7 @@ def estimate(job: Job) -> dict[str, int]:
     supervised = sum(map(learned, job.rows)) / max(sum(map(Passes.of(job).tokens, job.rows)), 1)
     parts = {
         "weights": base,
-        "gradients": tuned * 4,
-        "optimizer": tuned * 8 + masters,
+        **stepping(job, tuned, sum(p.numel() for p in trainable.values() if p.dtype != torch.float32)),
         "activations": tokens * hidden * depth * per_layer * wide,
         # logits in fp32, their gradient, and the softmax in between
         "logits": 0 if job.objective.task_head else held(job, int(tokens * supervised)) * 12,
@@ -51,6 +51,17 @@ def estimate(job: Job) -> dict[str, int]:
     if unchosen:  # before step 1: a value, its gradient and its score, of what will not be kept
         parts["choosing"] = unchosen * 12
     return {**parts, "total": sum(parts.values())}
+
+
+def stepping(job: Job, tuned: int, half: int) -> dict[str, int]:
+    """Bytes of gradients and optimizer where `tuned` numbers train, `half` of them in half precision."""
+    t = job.config.train
+    moments = tuned * MOMENTS.get(t.optimizer, 8)
+    if t.rounding == "masters":
+        return {"gradients": tuned * 4, "optimizer": moments + half * 4}
+    # without masters a gradient stays in bf16; a sum over micro-batches lies beside the newest one
+    saved = min(half, tuned) * 2 if t.accumulate == 1 else 0
+    return {"gradients": tuned * 4 - saved, "optimizer": moments}
 
 
 def batch_tokens(job: Job) -> int:

@@ -276,6 +276,7 @@ def make_loop(job: Job, step: Step, store: Store, observers: Sequence[Any]) -> L
         warmup=t.warmup,
         weight_decay=t.weight_decay,
         optimizer=t.optimizer,
+        rounding=t.rounding,
         clip=t.clip,
         seed=t.seed,
         eval_every=t.eval_every or 0,

@@ -29,7 +29,6 @@ class Settings(optim.Optim):
     """
 
     steps: int
-    seed: int = 0
     clip: float = 1.0  # of the gradient's L2 norm over all trainable tensors; 0 is off
     eval_every: int = 0
     save_every: int = 0
