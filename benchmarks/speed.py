@@ -1,7 +1,7 @@
 """Speed and memory against transformers with peft, against LoRA in this library, and against the machine's own floor.
 
     python benchmarks/speed.py --data DIR [--case NAME ...] [--rounds N]
-    python benchmarks/speed.py --table [--write docs/evidence/speed.md]
+    python benchmarks/speed.py --table
 
 DIR: the sets of docs/evidence/data.md. Both sides of a case do the same with the same rows and the same adapter, each
 in a fresh process, in alternation; where their losses, or what they say, are not equal, the ratio does not count. Peak

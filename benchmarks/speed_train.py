@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -149,7 +149,10 @@ def encoded(model: Any, rows: Sequence[Row]) -> list[Encoded]:
 def learn_from(model: Any, batches: Sequence[Batch]) -> None:
     """What a method must see of rows before step 1."""
     step = Step(model, SFT())
-    losses = lambda: (step(batch)[0] / batch.targets for batch in batches)  # noqa: E731
+
+    def losses() -> Iterator[torch.Tensor]:
+        return (step(batch)[0] / batch.targets for batch in batches)
+
     get_ready(model, "a", Given(losses, 0, losses))
 
 

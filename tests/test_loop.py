@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from deltatune.train.guard import GuardStop, VerificationError
 from deltatune.train.loop import Settings
 from deltatune.train.neftune import noise
-from toys import WIDTH, Journalist, Rows, Toy, loop, rows, same, toy, weights
+from toys import WIDTH, Journalist, Rows, Toy, cut_and_resumed, loop, rows, same, toy, weights
 
 SPLITS = ([12], [6, 6], [5, 4, 3], [1] * 12, [11, 1], [2, 3, 7])
 STEP_KEYS = {
@@ -385,9 +385,7 @@ def test_every_optimizer_resumes_bitwise(optimizer: str, dtype: torch.dtype, tmp
         made.run()
         return made
 
-    straight = run("a")
-    run("b", observers=[Journalist(at={3: lambda: os.kill(os.getpid(), signal.SIGINT)})])
-    again = run("b")
+    straight, again = cut_and_resumed(run)
     assert same(weights(again), weights(straight))
     assert same(again.optimizer.state()[0], straight.optimizer.state()[0])
 

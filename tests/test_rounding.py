@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from deltatune.train.optim import Optim, Optimizer
 from deltatune.train.rounding import Chance, pieces
 from deltatune.train.run import run
 from deltatune.train.supported import check_supported
-from toys import Journalist, loop, same, toy, weights
+from toys import cut_and_resumed, loop, same, toy, weights
 
 BF16 = torch.bfloat16
 ULP = 2.0**-7  # of bf16 in [1, 2)
@@ -242,9 +240,7 @@ def test_a_run_resumes_bitwise(settings: dict[str, Any], dtype: torch.dtype, tmp
         made.run()
         return made
 
-    straight = run("a")
-    run("b", observers=[Journalist(at={3: lambda: os.kill(os.getpid(), signal.SIGINT)})])
-    again = run("b")
+    straight, again = cut_and_resumed(run)
     assert same(weights(again), weights(straight))
     assert same(again.optimizer.state()[0], straight.optimizer.state()[0])
     assert again.optimizer.state()[1] == straight.optimizer.state()[1]

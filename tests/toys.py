@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +165,16 @@ def loop(folder: Path | None = None, model: Toy | None = None, **options: Any) -
 def weights(of: Loop) -> dict[str, Tensor]:
     """A copy of what the loop trains."""
     return {key: p.detach().clone() for key, p in of.trainable.items()}
+
+
+def cut_and_resumed(run: Callable[..., Loop]) -> tuple[Loop, Loop]:
+    """(a run from one end to the other, the same one stopped at step 3 and started again).
+
+    run: makes and runs a loop in the folder of this name, with these options.
+    """
+    straight = run("a")
+    run("b", observers=[Journalist(at={3: lambda: os.kill(os.getpid(), signal.SIGINT)})])
+    return straight, run("b")
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:

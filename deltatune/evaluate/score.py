@@ -201,16 +201,17 @@ def untuned(job: Job, examples: Sequence[Example], held_out: int = 12) -> tuple[
     """
     prompts, names = baselines(job), metrics_for(job, examples)
     lacking = [e.where for e in examples if not answer(e)] if len(prompts) > 1 else []
-    why = {"without_shots": f"{len(lacking)} evaluation rows have no answer ({lacking[0]})"} if lacking else {}
-    for said in why.values():
-        job.notes.append(f"the untuned model is asked with the rows as they are, without eval.shots: {said}")
-    if len(prompts) < 2 or job.objective.name != "sft" or lacking:
-        return score(job, examples), why
+    if lacking:
+        why = f"{len(lacking)} evaluation rows have no answer ({lacking[0]})"
+        job.notes.append(f"the untuned model is asked with the rows as they are, without eval.shots: {why}")
+        return score(job, examples), {"without_shots": why}
+    if len(prompts) < 2 or job.objective.name != "sft":
+        return score(job, examples), {}
     own = score(job, examples, predicts=False)
     search = Search(names[0], names[1:], held_out, job.config.train.seed, Decoding(job.config.eval.max_new_tokens))
     found = best_untuned(job.model, job.tokenizer, job.train, examples, prompts, search)
-    answers, wanted = found.pop("predictions"), found.pop("references")
-    return replace(said_as_text(own, names, answers, wanted), tasks=tasks_of(examples)), found
+    said, wanted = found.pop("predictions"), found.pop("references")
+    return replace(said_as_text(own, names, said, wanted), tasks=tasks_of(examples)), found
 
 
 def said_as_text(own: Scored, names: Sequence[str], said: list[Any], wanted: list[Any]) -> Scored:

@@ -118,16 +118,12 @@ def flat(said: Mapping[str, Any], of: str = "") -> Iterator[str]:
     for key, value in said.items():
         name = f"{of}{key.replace('_', ' ')}" if not of else f"{of}{key}"
         show = f"{{:{'.0%' if 'share' in name else '.3g'}}}".format
-        if (
-            isinstance(value, Mapping)
-            and value
-            and all("." in k and isinstance(v, int | float) for k, v in value.items())
-        ):
-            yield f"{name} {spread(value, show)}"
-        elif isinstance(value, Mapping):
-            yield from flat(value, f"{name} ")
-        else:
+        if not isinstance(value, Mapping):
             yield f"{name} {show(value) if isinstance(value, float) else value}"
+        elif value and all("." in place and isinstance(n, int | float) for place, n in value.items()):
+            yield f"{name} {spread(value, show)}"
+        else:
+            yield from flat(value, f"{name} ")
 
 
 def spread(by: Mapping[str, float], show: Callable[[float], str]) -> str:

@@ -37,8 +37,9 @@ def read_sets(config: Config, notes: list[str]) -> tuple[list[Example], list[Exa
 
 def demand_columns(config: Config, train: Sequence[Example]) -> None:
     """ValueError for a column that `data.columns` renames and no training row has."""
-    have = list(dict.fromkeys(str(name) for row in train for name in row.row))
-    for name, new in intake(config).names.items():
+    names = intake(config).names
+    have = list(dict.fromkeys(str(name) for row in train for name in row.row)) if names else []
+    for name, new in names.items():
         if name not in have:
             raise ValueError(
                 f"data.columns: {{{name}: {new}}}: no training row has the column {name!r}; there are "

@@ -62,8 +62,9 @@ def not_worse(found: Mapping[str, Any]) -> Check:
     change = [x if found["higher_is_better"] else -x for x in found["gain"].get(metric, ()) if x is not None]
     lost = was is not None and now is not None and not now <= was
     if max(change, default=0.0) < 0 or (lost and (not change or change[0] <= 0)):
-        sides = (f"{name} {found['before'].get(name)} -> {found['after'].get(name)}" for name in {metric: 0, "loss": 0})
-        return Check("better than before", None, f"{', '.join(sides)}: do not use it as it is", warns=True)
+        before, after = found["before"], found["after"]
+        sides = ", ".join(f"{name} {before.get(name)} -> {after.get(name)}" for name in dict.fromkeys((metric, "loss")))
+        return Check("better than before", None, f"{sides}: do not use it as it is", warns=True)
     return Check("better than before", True, "no worse on the rows that were measured")
 
 
