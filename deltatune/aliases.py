@@ -94,6 +94,15 @@ def recomputed(value: Any) -> Any:
     return value
 
 
+def at_once(value: Any) -> Any:
+    """A number of tokens, auto or off."""
+    value = switch(value)
+    if value not in ("auto", "off") and (isinstance(value, str) or not isinstance(value, int) or value < 1):
+        near = nearest(value, ("auto", "off")) if isinstance(value, str) else ""
+        raise ValueError(f"choose auto, off, or a number of tokens{near}")
+    return value
+
+
 # AdamW variants of other programs: transformers' names, and SimpleTuner's adamw_bf16, which has bf16 moments too.
 OPTIMIZERS = {
     **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit"), "adamw-8bit"),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deltatune import blocks
-from deltatune.aliases import Draft, lookup, override, recomputed, rivals, settle, shape, shown, switch
+from deltatune.aliases import Draft, at_once, lookup, override, recomputed, rivals, settle, shape, shown, switch
 from deltatune.marks import ConfigError, Problem, Spot, dotted, nearest, read_file, read_text, read_value, to_yaml
 
 __all__ = ["Config", "ConfigError", "Override", "Resolved", "dump", "load", "resolve", "schema"]
@@ -82,6 +82,7 @@ Positive = Annotated[float, BeforeValidator(number), Field(gt=0)]
 Amount = Annotated[float, BeforeValidator(number), Field(ge=0)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(switch)]
 Recomputed = Annotated[Literal["auto", "on", "off"] | int | float, BeforeValidator(recomputed)]
+AtOnce = Annotated[Literal["auto", "off"] | int, BeforeValidator(at_once)]
 Numbers = Annotated[Literal["auto", "fp32", "bf16"], BeforeValidator(dtype)]
 Refs = Annotated[tuple[str, ...], BeforeValidator(listed)]
 Named = Annotated[tuple[str, ...], BeforeValidator(sets)]
@@ -182,6 +183,8 @@ class Train(Section):
     checkpoint_gradients: Recomputed = "auto"
     """Recompute activations in the backward pass to save memory: of all blocks, of a number of them, or below 1 of a
     share; auto takes as few as fit."""
+    pass_tokens: AtOnce = "auto"
+    """Tokens computed at once: a micro-batch of more is computed in several passes, with the same gradients."""
     cache_activations: Switch = "auto"
     """Compute what frozen blocks below everything that trains make of a row once for all epochs."""
     optimizer: Literal["adamw", "adamw-bf16", "adamw-8bit", "paged-adamw", "adafactor", "adafactor-relative"] = "adamw"

@@ -50,12 +50,15 @@ def plan(lengths: Sequence[int], batching: Batching, seed: int = 0, epoch: int =
             raise ValueError(f"{reason}. Raise batch_tokens to {most}, or lower max_length to {batching.tokens}")
     draw = generator(seed, epoch)
     order = [int(i) for i in draw.permutation(len(lengths))]
+    batches = together(_grouped(order, lengths, batching) if batching.group else order, lengths, batching)
+    return [batches[i] for i in draw.permutation(len(batches))] if batching.group else batches
+
+
+def together(order: Sequence[int], lengths: Sequence[int], batching: Batching) -> list[list[int]]:
+    """Row numbers in `order`, as many together as fit; a row longer than a batch may be is alone."""
     if batching.tokens is not None and batching.packing:
         return _first_fit(order, lengths, batching.tokens)
-    if batching.group:
-        order = _grouped(order, lengths, batching)
-    batches = _in_order(order, lengths, batching)
-    return [batches[i] for i in draw.permutation(len(batches))] if batching.group else batches
+    return _in_order(order, lengths, batching)
 
 
 def _first_fit(order: Sequence[int], lengths: Sequence[int], room: int) -> list[list[int]]:

@@ -26,6 +26,7 @@ def described(job: Job) -> dict[str, Any]:
         "batch_tokens": t.batch_tokens,
         "batch_rows": t.batch_rows,
         "accumulate": t.accumulate,
+        "pass_tokens": t.pass_tokens,
         "packing": batching.packing,
         "max_length": job.encoding.max_length,
         "precision": t.precision,

@@ -39,7 +39,7 @@ from ..methods.tokens import NewTokens
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
-from . import recompute
+from . import passes, recompute
 from .lengths import fitting, longest, unread
 from .opening import DTYPES, open_model, tokenizer_of
 from .opening import dtype as asked_dtype
@@ -74,6 +74,7 @@ class Job:
     rows: list[Encoded] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     baselines: Sequence[Prompt] = ()  # ways to ask the untuned model; () tries the row as it is
+    pass_tokens: int | None = None  # tokens computed at once; None: a micro-batch whole
     recompute: int = 0  # how many blocks (`units`) gradient checkpointing runs again
     sizes: list[int] = field(default_factory=list)  # rows of each training set, where they are mixed
     fresh: bool = True  # the adapter was attached for this run, untrained
@@ -138,8 +139,16 @@ class Job:
     def batches(self, sampler: Sampler | Flow) -> Callable[[int], list[Batch]]:
         """step -> its micro-batches as tensors."""
         if isinstance(sampler, Flow):
-            return lambda step: [self.batch(rows) for rows in sampler(step)]
-        return lambda step: [self.grouped(group) for group in sampler(step)]
+            return lambda step: [self.batch(rows) for group in sampler(step) for rows in self.apart(group, group)]
+        return lambda step: [
+            self.grouped(numbers)
+            for group in sampler(step)
+            for numbers in self.apart(group, [self.rows[i] for i in group])
+        ]
+
+    def apart(self, group: Sequence[Any], rows: Sequence[Encoded]) -> list[list[Any]]:
+        """A micro-batch, given as its rows or their numbers, as its passes."""
+        return [[group[i] for i in part] for part in passes.parts(self, rows)]
 
     def grouped(self, group: Sequence[int]) -> Batch:
         """The training rows of these numbers, with what is known of them."""
@@ -303,10 +312,12 @@ def settle(job: Job) -> Job:
         if rows:  # a row that cannot be measured is better known now than after hours
             told(job, name, rows)
             measurable(job, rows)
+    job.pass_tokens = passes.chosen(job)
     job.recompute = recompute.chosen(job)
     pinned = {
         "precision": {v: k for k, v in DTYPES.items()}.get(next(job.model.parameters()).dtype, "auto"),
         "compile": "off",
+        "pass_tokens": job.pass_tokens or "off",
         "checkpoint_gradients": recompute.pinned(job),
     }
     job.config = job.config.model_copy(update={"train": job.config.train.model_copy(update=pinned)})

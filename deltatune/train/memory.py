@@ -37,7 +37,7 @@ def estimate(job: Job) -> dict[str, int]:
     base = sum(p.numel() * p.element_size() for n, p in job.model.named_parameters() if SLOT not in n)
     trainable, tuned = job.trainable(), job.to_train()
     unchosen = sum(p.numel() for p in trainable.values()) - tuned
-    tokens = batch_tokens(job)
+    tokens = at_once(job)
     depth = int(config.num_hidden_layers) * (2 if config.is_encoder_decoder else 1)
     hidden = int(config.hidden_size)
     wide = 2 if next(job.model.parameters()).dtype == torch.float32 else 1
@@ -76,7 +76,7 @@ def stepping(job: Job, tuned: int, half: int) -> dict[str, int]:
     if t.rounding == "masters":
         return {"gradients": tuned * 4, "optimizer": moments + half * 4}
     # without masters a gradient stays in bf16; a sum over micro-batches lies beside the newest one
-    saved = min(half, tuned) * 2 if t.accumulate == 1 else 0
+    saved = min(half, tuned) * 2 if t.accumulate == 1 and job.pass_tokens is None else 0
     return {"gradients": tuned * 4 - saved, "optimizer": moments}
 
 
@@ -91,6 +91,15 @@ def batch_tokens(job: Job) -> int:
         return rows * job.prompts * passes.tokens(row)
 
     return int(max(map(batch, job.rows), default=t.batch_tokens or 1))  # a stream's rows are not known
+
+
+def at_once(job: Job) -> int:
+    """Tokens of the largest pass: a whole micro-batch, or what is left of it under `pass_tokens`; a row is in one."""
+    whole, passes = batch_tokens(job), Passes.of(job)
+    if job.pass_tokens is None:
+        return whole
+    longest = job.prompts * max(map(passes.tokens, job.rows), default=0)
+    return min(whole, max(job.pass_tokens, longest))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,54 @@
+"""How many tokens a run computes at once: a micro-batch that has more is computed in several passes.
+
+Gradients are those of the micro-batch whole (sums of losses, divided by the targets of the step). What a pass holds for
+its backward pass shrinks with its tokens, where a product of matrices loses nothing above some hundred rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..data.order import Batching, together
+from . import memory
+
+if TYPE_CHECKING:
+    from ..data.encode import Encoded
+    from .job import Job
+
+ON_CPU = 1024  # tokens: what a layer makes of them stays in the processor's cache
+LEAST = 512  # below, products of matrices are slower for each token
+
+
+def chosen(job: Job) -> int | None:
+    """Tokens computed at once; None: each micro-batch whole."""
+    wanted = job.config.train.pass_tokens
+    if wanted == "off":
+        return None
+    if wanted != "auto":
+        return int(wanted)
+    if job.config.train.rounding == "stochastic":  # a sum of several gradients would be held in fp32
+        return None
+    most = memory.batch_tokens(job)
+    if job.device.type == "cpu":
+        return ON_CPU if most > ON_CPU else None
+    return fitting(job, most)
+
+
+def fitting(job: Job, most: int) -> int | None:
+    """A half, a quarter, ... of a micro-batch of `most` tokens, until it fits the free memory."""
+    now = most
+    while now >= 2 * LEAST and memory.estimate(replace(job, pass_tokens=now, recompute=0))["total"] > memory.free():
+        now //= 2
+    return now if now < most else None
+
+
+def parts(job: Job, rows: Sequence[Encoded]) -> list[list[int]]:
+    """Of a micro-batch, the places of the rows of each pass, rows of like length together; a row is never parted."""
+    if job.pass_tokens is None:
+        return [list(range(len(rows)))]
+    reads = memory.Passes.of(job)
+    lengths = [job.prompts * reads.tokens(row) for row in rows]
+    longest_first = sorted(range(len(rows)), key=lambda i: -lengths[i])
+    return together(longest_first, lengths, Batching(tokens=job.pass_tokens, packing=job.batching().packing))
