@@ -27,6 +27,7 @@ from deltatune.data.problems import Problems
 from deltatune.methods import build
 from deltatune.objectives import SFT
 from deltatune.train.loop import Loop, Settings, Step
+from deltatune.train.passes import ON_CPU, cut
 from deltatune.train.work import Work
 
 Row = dict[str, Any]
@@ -126,18 +127,24 @@ def ours(case: Any, folder: Path) -> Row:
         attach(model, build(case.method or "full"), name="a")
     rows = encoded(model, given["rows"])
     packing(model)
-    batches = [pack([rows[i] for i in chosen]).to(model.device) for chosen in given["batches"]]
-    learn_from(model, batches)
+    steps = [[pack(part).to(model.device) for part in parts([rows[i] for i in chosen])] for chosen in given["batches"]]
+    learn_from(model, [batch for batches in steps for batch in batches])
     step = Step(model, SFT())
     work, noted = Work(step), Noted()
-    settings = Settings(steps=len(batches) * case.epochs, lr=case.lr, schedule="constant", clip=1.0)
+    settings = Settings(steps=len(steps) * case.epochs, lr=case.lr, schedule="constant", clip=1.0)
     settings = replace(settings, optimizer=case.optimizer)
-    loop = Loop(step, trainable(model, "a"), lambda n: [batches[n % len(batches)]], settings, observers=[noted, work])
+    loop = Loop(step, trainable(model, "a"), lambda n: steps[n % len(steps)], settings, observers=[noted, work])
     loop.run()
     found = summary(case, given, noted.seconds, noted.losses) | {"peak": peak.bytes(), "first": noted.first - began}
     record = work.record()
     found |= {key: record[key] for key in ("of_floor", "flops") if key in record}  # a floor may be left out
-    return found | {"counted": counted(step.train(), batches[0])}
+    return found | {"counted": counted(step.train(), steps[0])}
+
+
+def parts(rows: Sequence[Encoded]) -> list[list[Encoded]]:
+    """A micro-batch as the passes that `train.pass_tokens: auto` makes of it where memory is no matter."""
+    most = None if torch.cuda.is_available() else ON_CPU
+    return [[rows[i] for i in part] for part in cut([len(row.ids) for row in rows], most, packing=True)]
 
 
 def encoded(model: Any, rows: Sequence[Row]) -> list[Encoded]:
@@ -156,10 +163,11 @@ def learn_from(model: Any, batches: Sequence[Batch]) -> None:
     get_ready(model, "a", Given(losses, 0, losses))
 
 
-def counted(step: Step, batch: Batch) -> int:
+def counted(step: Step, batches: Sequence[Batch]) -> int:
     """Floating-point operations of one step as torch counts them, adapters included (fused attention is not)."""
     with FlopCounterMode(display=False) as counter:
-        step(batch)[0].backward()
+        for batch in batches:
+            step(batch)[0].backward()
     return counter.get_total_flops()
 
 

@@ -45,10 +45,15 @@ def fitting(job: Job, most: int) -> int | None:
 
 
 def parts(job: Job, rows: Sequence[Encoded]) -> list[list[int]]:
-    """Of a micro-batch, the places of the rows of each pass, rows of like length together; a row is never parted."""
-    if job.pass_tokens is None:
-        return [list(range(len(rows)))]
+    """Of a micro-batch, the places of the rows of each pass."""
     reads = memory.Passes.of(job)
     lengths = [job.prompts * reads.tokens(row) for row in rows]
-    longest_first = sorted(range(len(rows)), key=lambda i: -lengths[i])
-    return together(longest_first, lengths, Batching(tokens=job.pass_tokens, packing=job.batching().packing))
+    return cut(lengths, job.pass_tokens, packing=job.batching().packing)
+
+
+def cut(lengths: Sequence[int], most: int | None, packing: bool) -> list[list[int]]:
+    """Places of the rows of each pass of `most` tokens, rows of like length together; a row is never parted."""
+    if most is None:
+        return [list(range(len(lengths)))]
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return together(longest_first, lengths, Batching(tokens=most, packing=packing))
