@@ -163,7 +163,15 @@ def table(store: Path) -> str:
         ours, other = ([x for x in lines if x["case"] == name and x["side"] == side] for side in CASES[name].sides)
         if ours and other:
             out.append(row(name, ours, other))
+    found = [line for line in lines if "per_weight" in line]
+    out += [""] * bool(found) + sorted({f"- {x['case']}: {packed(x)}" for x in found})
     return "\n".join(out) + "\n"
+
+
+def packed(line: Row) -> str:
+    """Of a base in 4 bits, what lies in memory."""
+    whole = f"{line['base'] / 2**20:.0f} MiB for {line['base_weights'] / 1e6:.0f} M"
+    return f"{line['per_weight']:.3f} bytes for each weight of a packed layer; the whole base {whole}"
 
 
 def row(name: str, ours: list[Row], other: list[Row]) -> str:

@@ -19,7 +19,7 @@ from deltatune import attach, load, save, trainable, zoo
 from deltatune.core.attach import packing
 from deltatune.core.attach import prepare as get_ready
 from deltatune.core.delta import Given
-from deltatune.core.quant import options, steady
+from deltatune.core.quant import is_quantised, options, size, steady
 from deltatune.core.store import virtual_ids
 from deltatune.data.batch import Batch, pack
 from deltatune.data.encode import Encoded, Encoding, encode_all
@@ -176,7 +176,26 @@ def ours(case: Any, folder: Path) -> Row:
     found = summary(case, given, noted.seconds, noted.losses) | {"peak": peak.bytes(), "first": noted.first - began}
     record = work.record()
     found |= {key: record[key] for key in ("of_floor", "flops") if key in record}  # a floor may be left out
+    found |= resident(model) if case.quantise else {}
     return found | {"counted": counted(step.train(), steps[0])}
+
+
+def resident(model: Any) -> Row:
+    """Bytes that 4-bit layers hold for each of their weights, codes and scales, and those of the whole base."""
+    packed = [m.weight for m in model.modules() if is_quantised(m)]
+    others = [p for p in model.parameters() if not (p.requires_grad or hasattr(p, "quant_state"))]
+    bytes_ = sum(map(held, packed))
+    return {
+        "per_weight": bytes_ / sum(map(size, packed)),
+        "base": bytes_ + sum(p.numel() * p.element_size() for p in others),
+        "base_weights": sum(map(size, [*packed, *others])),
+    }
+
+
+def held(weight: Any) -> int:
+    states = [weight.quant_state, weight.quant_state.state2]
+    parts = [weight, *(t for s in states if s for t in (s.absmax, s.code)), weight.quant_state.offset]
+    return sum(t.numel() * t.element_size() for t in parts if isinstance(t, torch.Tensor))
 
 
 def parts(rows: Sequence[Encoded]) -> list[list[Encoded]]:
