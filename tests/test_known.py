@@ -157,5 +157,6 @@ def test_what_does_not_fit_the_memory_goes_to_a_file_and_what_does_not_fit_that_
     with in_training(job):
         known.reuse(job)
         assert job.known.rows == rows or job.known.lengths != [17] * 24
+        assert f"MiB, in {'memory' if memory else 'a temporary file'})" in job.notes[-1]
         batch = job.grouped([0, len(job.rows) - 1])
         assert (batch.known is not None) is (job.known.rows == len(job.rows))

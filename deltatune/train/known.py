@@ -206,10 +206,11 @@ def reuse(job: Job) -> None:
     rows, room = space(lengths, width, next(job.model.parameters()).dtype)
     job.known = Known(found, lengths, lambda chosen: job.batch([job.rows[i] for i in chosen]), rows, room)
     size = room.numel() * room.element_size() / 2**20
+    place = "in a temporary file" if room.untyped_storage().filename else "in memory"
     of_rows = "all rows" if rows == len(lengths) else f"{rows} of {len(lengths)} rows"
     job.notes.append(
         f"{len(found.found)} of {found.total} blocks are frozen below everything that trains: what they make of "
-        f"{of_rows} is computed once ({size:.0f} MiB)"
+        f"{of_rows} is computed once ({size:.0f} MiB, {place})"
     )
 
 
