@@ -87,19 +87,26 @@ def loaded_whole(model: Any) -> None:
     load_state(model, "whole", {key: 1.2 * t for key, t in state(model, "whole").items()})
 
 
+def kept_in_place(model: Any) -> None:
+    """The norm is that of a weight trained in place, which no longer trains: one that does is read at every step."""
+    in_place(model)
+    model.requires_grad_(False)
+    run(model)
+    assert all(d.held for d in deltas(model, "a"))
+
+
 def loaded_while_out(model: Any) -> None:
     """Where it is in again nothing has moved: its memory and its parameters are those that the norm was made of."""
-    in_place(model)
-    run(model)
+    kept_in_place(model)
     activate(model, "a")
     load_state(model, "whole", {key: 1.2 * t for key, t in state(model, "whole").items()})
     activate(model, "a", "whole")
+    model.requires_grad_(False)
 
 
 def stepped_unseen(model: Any) -> None:
     """bitsandbytes writes to a weight's memory, which torch does not see by itself."""
-    in_place(model)
-    run(model)
+    kept_in_place(model)
     activate(model, "whole")
     own = parameters(model, "whole")
     for p in own.values():
@@ -107,9 +114,8 @@ def stepped_unseen(model: Any) -> None:
     optimizer = Optimizer(own, Optim(optimizer="adamw-8bit", lr=0.1))
     model(**inputs(model)).loss.backward()
     optimizer.step(1.0)
-    for p in own.values():
-        p.requires_grad_(False)
     activate(model, "a", "whole")
+    model.requires_grad_(False)
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
