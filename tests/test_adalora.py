@@ -18,7 +18,8 @@ from deltatune import AdaLoRA, attach, detach, load, merge, save
 from deltatune.core.attach import fold, trainable
 from deltatune.core.slot import deltas
 from deltatune.core.store import state
-from deltatune.methods.budget import NAMES, Budget
+from deltatune.methods._importance import NAMES
+from deltatune.methods.budget import Budget
 from deltatune.train.guard import VerificationError
 from deltatune.train.run import run
 from models import tiny

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from deltatune import LoRA, activate, attach, rows
 from deltatune.core.attach import packing
 from deltatune.core.site import widths
+from deltatune.core.slot import deltas
 from deltatune.data.batch import Batch
 from deltatune.methods import build
 from deltatune.objectives import SFT
@@ -31,6 +32,7 @@ METHODS: dict[str, Any] = {
     "base": [],
     "lora": [{"lora": {"r": 2, "targets": ["all"]}}],
     "dora": [{"dora": {"r": 2, "targets": ["all"]}}],
+    "adalora": [{"adalora": {"init_r": 2, "r": 1}}],
     "adapter": [{"adapter": {"bottleneck": 4}}],
     "ia3": [{"ia3": {}}],
     "prefix": [{"prefix": {"length": 3}}],
@@ -84,6 +86,7 @@ def test_a_step_runs_the_bases_products_and_loras_own_and_no_other() -> None:
     work, counter = Work(step), FlopCounterMode(display=False)
     with counter:
         step(batch)[0].backward()
+    work.close()
     work.attention.clear()  # torch has no count of the CPU's fused attention
     tokens, inputs = 32, [widths(m) for m in model.modules() if type(m) is torch.nn.Linear and m is not model.lm_head]
     # A x and B (A x) forward; backward the gradients of A x, of B and of A; and of x, where something below trains:
@@ -239,7 +242,7 @@ def of_a_block(name: str, *lens: int) -> tuple[int, int]:
 KERNELS = {  # forward, backward: of the base 7 products and attention, the rest is norms, turns and the activation
     "base": (34, 56),
     "lora": (48, 109),  # forward 2 of each of 7 layers
-    "dora": (202, 165),
+    "dora": (125, 137),  # forward 11 more than LoRA of each of 7: a norm, and what it is divided into
     "adapter": (42, 76),  # forward 4 of each of 2: two products, the activation, the sum
     "ia3": (37, 69),  # forward 1 of each of 3
     "prefix": (41, 66),
@@ -257,6 +260,28 @@ def test_kernels_of_a_block(name: str, counts: tuple[int, int]) -> None:
 def test_rows_of_one_length_cost_no_kernels_of_their_own(name: str) -> None:
     """Guards against taking packed rows apart, and putting them together, where they lie side by side."""
     assert of_a_block(name, 16, 16, 16, 16) == of_a_block(name, 64)
+
+
+def ranked(layers: int) -> tuple[int, int]:
+    """Kernels that AdaLoRA asks for beside a step's, (of its penalty, of what it sees of gradients), at the second."""
+    model, found = made("adalora", layers), []
+    every = deltas(model)
+    for delta in every:
+        delta.begin(1000)
+    for step in (1, 2):
+        penalty = called(lambda: found.append(sum(delta.penalty() for delta in every)))
+        found[-1].backward()
+        for delta in every:
+            delta.lora_E.grad = torch.zeros_like(delta.lora_E)
+        after = called(lambda step=step: [delta.after_step(step) for delta in every])
+    return penalty.total(), after.total()
+
+
+def test_what_adalora_sees_costs_the_same_for_any_number_of_layers() -> None:
+    """Guards against a handful of tiny kernels for each of three factors of each layer. 7 of a penalty, and its sum."""
+    two, three = ranked(2), ranked(3)
+    assert three[0] - two[0] == 7 * 8
+    assert two[1] == three[1] == 8
 
 
 # ---- several adapters, and tokens one by one -------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from deltatune.core import quant
 from deltatune.core.attach import parameters, rows
 from deltatune.core.slot import deltas
 from deltatune.core.store import load_state, state
-from deltatune.methods.dora import Decomposed
+from deltatune.methods._decomposed import Decomposed
+from deltatune.train.optim import Optim, Optimizer
 from models import inputs, tiny
-from packed import needs_packing, nf4
+from packed import HERE, needs_packing, nf4
 
 
 def made(init: str = "kaiming") -> Any:
@@ -37,17 +38,17 @@ def draw(model: Any, name: str, seed: int) -> None:
         p.add_(0.1 * torch.randn(p.shape, generator=g))
 
 
-def run(model: Any) -> torch.Tensor:
-    with torch.no_grad():
+def run(model: Any, training: bool = False) -> torch.Tensor:
+    with torch.set_grad_enabled(training):
         return model(**inputs(model)).logits
 
 
-def fresh(model: Any) -> torch.Tensor:
+def fresh(model: Any, training: bool = False) -> torch.Tensor:
     """The logits with every norm computed anew."""
     for delta in deltas(model):
         if isinstance(delta, Decomposed):
             delta.held = None
-    return run(model)
+    return run(model, training)
 
 
 def step(model: Any) -> None:
@@ -86,6 +87,37 @@ def loaded_whole(model: Any) -> None:
     load_state(model, "whole", {key: 1.2 * t for key, t in state(model, "whole").items()})
 
 
+def kept_in_place(model: Any) -> None:
+    """The norm is that of a weight trained in place, which no longer trains: one that does is read at every step."""
+    in_place(model)
+    model.requires_grad_(False)
+    run(model)
+    assert all(d.held for d in deltas(model, "a"))
+
+
+def loaded_while_out(model: Any) -> None:
+    """Where it is in again nothing has moved: its memory and its parameters are those that the norm was made of."""
+    kept_in_place(model)
+    activate(model, "a")
+    load_state(model, "whole", {key: 1.2 * t for key, t in state(model, "whole").items()})
+    activate(model, "a", "whole")
+    model.requires_grad_(False)
+
+
+def stepped_unseen(model: Any) -> None:
+    """bitsandbytes writes to a weight's memory, which torch does not see by itself."""
+    kept_in_place(model)
+    activate(model, "whole")
+    own = parameters(model, "whole")
+    for p in own.values():
+        p.requires_grad_(True)
+    optimizer = Optimizer(own, Optim(optimizer="adamw-8bit", lr=0.1))
+    model(**inputs(model)).loss.backward()
+    optimizer.step(1.0)
+    activate(model, "a", "whole")
+    model.requires_grad_(False)
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a training step": step,
     "an adapter's values": lambda m: draw(m, "a", 5),
@@ -95,6 +127,8 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "both": lambda m: activate(m, "a", "b"),
     "a base trained in place": in_place,
     "a load into the base": loaded_whole,
+    "a load into the base while it is out": loaded_while_out,
+    **({"a step of bitsandbytes": stepped_unseen} if HERE else {}),
     "a weight written": lambda m: quant.write(up(m), "weight", 1.5 * up(m).weight.detach()),
     "another weight": replaced,
     "another tensor in the weight": moved,
@@ -104,30 +138,33 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("what", CHANGES)
 @pytest.mark.parametrize("init", ["kaiming", "pissa"])
-def test_no_change_meets_a_stale_norm(what: str, init: str):
+@pytest.mark.parametrize("training", [False, True], ids=["decoding", "training"])
+def test_no_change_meets_a_stale_norm(what: str, init: str, training: bool):
+    """Guards against a norm, or the part of it that is the frozen weight's, of what was there before."""
     model = made(init)
-    before = run(model)
-    assert torch.equal(run(model), before)
+    before = run(model, training)
+    assert torch.equal(run(model, training), before)
     assert all(d.held for d in deltas(model, "a"))  # the test would see one
     CHANGES[what](model)
-    found = run(model)
+    found = run(model, training)
     assert not torch.equal(found.float(), before)
-    assert torch.equal(found, fresh(model))
+    assert torch.equal(found, fresh(model, training))
 
 
 def test_the_norm_is_made_once_while_decoding(monkeypatch: pytest.MonkeyPatch):
     model, calls = made(), []
     norm = Decomposed.norm
-    monkeypatch.setattr(Decomposed, "norm", lambda self, w: (calls.append(1), norm(self, w))[1])
+    monkeypatch.setattr(Decomposed, "norm", lambda self, *of: (calls.append(1), norm(self, *of))[1])
     ids = inputs(model)["input_ids"]
     model.generate(input_ids=ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
     assert len(calls) == len(deltas(model, "a"))
+    parts = [d.held.own for d in deltas(model, "a")]
     with torch.inference_mode():
         model(input_ids=ids)
     assert len(calls) == len(deltas(model, "a"))
-    model(input_ids=ids)  # gradients are recorded: nothing is kept
+    model(input_ids=ids)  # gradients are recorded: the norm is made anew, of the weight's part that is kept
     assert len(calls) == 2 * len(deltas(model, "a"))
-    assert not any(d.held for d in deltas(model))
+    assert all(d.held.own is own and d.held.norm is None for d, own in zip(deltas(model, "a"), parts, strict=True))
 
 
 def test_inference_mode_keeps_nothing_that_training_cannot_use():

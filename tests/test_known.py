@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_run as t
+from deltatune.data.batch import Batch
 from deltatune.train import known
 from deltatune.train.job import in_training, prepare
 from deltatune.train.run import resume, run
@@ -99,6 +100,29 @@ def test_a_run_cut_in_the_middle_goes_on_bitwise(made, tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
+FIRST = {  # family -> what hands rows to the first block as it reads them
+    "llama": "model.embed_tokens", "gpt2": "transformer.drop", "bert": "bert.embeddings", "opt": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_what_stands_before_the_frozen_blocks_is_not_run_for_nothing(family):
+    """A head alone on a small encoder would else spend its steps on embeddings."""
+    model = tiny(family).train().requires_grad_(False)
+    ids = torch.arange(5, 17).view(2, 6)
+    batch, ran = Batch({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, ids), []
+    found = known.below(model, batch)
+    assert {id(m): n for n, m in model.named_modules()}.get(id(found.first)) == FIRST[family]
+    before = model(**batch.inputs).logits
+    model.get_input_embeddings().register_forward_hook(lambda *_: ran.append(1))
+    states = found.reached(batch)
+    ran.clear()
+    with found.known(states):
+        assert torch.equal(model(**batch.inputs).logits, before)
+    assert len(ran) == (family != "bert")  # a hook of a module that is passed by runs
+    assert torch.equal(model(**batch.inputs).logits, before)
+
+
 def drops(model):
     model.model.layers[0].self_attn.attention_dropout = 0.1
 
@@ -157,5 +181,6 @@ def test_what_does_not_fit_the_memory_goes_to_a_file_and_what_does_not_fit_that_
     with in_training(job):
         known.reuse(job)
         assert job.known.rows == rows or job.known.lengths != [17] * 24
+        assert f"MiB, in {'memory' if memory else 'a temporary file'})" in job.notes[-1]
         batch = job.grouped([0, len(job.rows) - 1])
         assert (batch.known is not None) is (job.known.rows == len(job.rows))

@@ -1,6 +1,7 @@
 """Every check sees the fault it guards against: each fault is planted in a whole, tiny job."""
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny_run as t
+from deltatune import LoRA, attach
 from deltatune.core import store
 from deltatune.core.slot import slots
 from deltatune.train import memory, verify
 from deltatune.train.guard import GuardStop, VerificationError
 from deltatune.train.job import prepare
 from deltatune.train.run import run
+from models import tiny
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,23 @@ def test_a_prediction_that_does_not_fit_warns(job, monkeypatch):
     said = memory.warning({"weights": 2**30, "logits": 2**50, "total": 2**50 + 2**30})
     assert "mostly logits" in said
     assert "lower train.batch_tokens" in said
+    monkeypatch.setattr(memory, "free", lambda: 5 * 2**30)
+    predicted = {"weights": 8 * 2**30, "logits": 6 * 2**30, "total": 14 * 2**30}
+    assert memory.warning(predicted | {"total": 13 * 2**30}, loaded=8 * 2**30) is None  # 5 more, 5 are free
+    said = memory.warning(predicted, loaded=8 * 2**30)
+    assert "14.0 GiB (mostly weights; weights of 8.0 GiB are loaded already), free 5.0 GiB" in said
+
+
+def test_weights_that_are_loaded_are_not_free_and_those_of_a_mapped_file_are(tmp_path):
+    model = attach(tiny("llama"), LoRA(r=2))  # the adapter is in an estimate's other parts
+    whole = sum(p.nbytes for p in tiny("llama").parameters())
+    assert memory.there(model) == whole
+    weight = model.model.layers[0].mlp.up_proj.weight
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(weight.nbytes))
+    weight.data = torch.from_file(str(file), shared=False, size=weight.numel()).view(weight.shape)
+    mapped = weight.nbytes if sys.platform == "linux" else 0
+    assert memory.there(model) == whole - mapped
 
 
 # ---- after training --------------------------------------------------------------------------------------------------

@@ -204,6 +204,31 @@ def test_what_is_run_again_for_the_gradient_is_no_work() -> None:
     assert ran_again > ran
 
 
+def test_a_pass_does_not_wait_for_the_device(monkeypatch: Any) -> None:
+    """Guards against a mask that is looked at in every pass. What waits is bounded, and nothing of it is lost."""
+    case, seen = CASES["sft masked answers"], []
+    step = Step(case.model(), SFT()).train()
+    batch = case.batch(case.one, case.two)
+    for name in ("item", "tolist", "__int__", "__float__", "__bool__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, real=real: seen.append(x) or real(x))
+
+    def looks() -> int:
+        seen.clear()
+        step(batch)
+        return len(seen)
+
+    looks()  # asks once how the model finishes its logits
+    before = looks()
+    monkeypatch.setattr("deltatune.train.work.WAITING", 3)
+    work = Work(step)
+    assert [looks() for _ in range(7)] == [before, before, before + 1] * 2 + [before]
+    six = dict(work.rows)
+    work.close()
+    assert work.rows == {shape: pytest.approx(rows * 7 / 6) for shape, rows in six.items()}
+    assert work.sequences == 14
+
+
 # ---- its time --------------------------------------------------------------------------------------------------------
 def test_a_floor_is_timed_and_leaves_no_trace() -> None:
     model = tiny("llama")

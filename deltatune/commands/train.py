@@ -167,7 +167,8 @@ def foreseen(plan: Mapping[str, Any]) -> Iterator[str]:
     yield f"trained: {millions(plan['trainable_parameters'])} parameters, in {plan['dtype']}"
     need = plan["predicted_memory_bytes"]
     parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in need.items() if name != "total")
-    yield f"memory: {gigabytes(need['total'])} predicted ({parts}), {gigabytes(plan['free_memory_bytes'])} free"
+    loaded, free = gigabytes(plan["loaded_memory_bytes"]), gigabytes(plan["free_memory_bytes"])
+    yield f"memory: {gigabytes(need['total'])} predicted ({parts}; {loaded} of it are loaded), {free} free"
     if again := plan["recomputed_blocks"]:
         yield f"gradient checkpointing: {again} of {plan['blocks']} blocks run again in the backward pass"
     yield from (f"note: {text}" for text in plan["notes"] if text not in plan.get("said", ()))

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .delta import Delta, Dense
 
@@ -16,7 +15,7 @@ LEFT, RIGHT = -1.5, 1.5  # what the gates are stretched to; log(-LEFT / RIGHT) =
 
 def hard_concrete(alpha: Tensor, sampled: bool) -> Tensor:
     """z = clamp(s (r - l) + l, 0, 1) with s = sigmoid(logit(u) + alpha), u uniform; or s = sigmoid(alpha)."""
-    noise = torch.rand_like(alpha).clamp(1e-6, 1 - 1e-6).logit() if sampled else 0.0
+    noise = torch.logit(torch.rand_like(alpha), eps=1e-6) if sampled else 0.0
     return (torch.sigmoid(alpha + noise) * (RIGHT - LEFT) + LEFT).clamp(0, 1)
 
 
@@ -110,7 +109,7 @@ class Sparse(Delta):
     def after(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         change = {kind: part() for kind, part in self.own.items()}
         if (weight := change["weight"]) is not None:
-            y = y + F.linear(x, weight.to(x.dtype))
+            y = torch.addmm(y.flatten(0, -2), x.flatten(0, -2), weight.to(x.dtype).T).view_as(y)
         return y if (bias := change.get("bias")) is None else y + bias.to(y.dtype)
 
     def merged(self, dense: Dense) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -41,6 +41,14 @@ class InPlace(Delta):
 
     def stored(self, layer: nn.Module) -> dict[str, Tensor]:
         return {n: (layer.get_parameter(n).detach() if self.on else self.other[n]) for n in self.names}
+
+    def put(self, layer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Into new memory while they are not in the layer: the layer's parameter does not count writes to what is not
+        in it, and a weight is known by where it lies and how often it was written (DoRA's norm)."""
+        if self.on:
+            super().put(layer, tensors)
+        else:
+            self.other = {n: t.clone().copy_(tensors[n]) for n, t in self.other.items()}
 
     def trained(self, layer: nn.Module) -> dict[str, nn.Parameter]:
         return {n: layer.get_parameter(n) for n in self.names}

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods._decomposed import Decomposed
 from ..methods._keys_values import KeysValues
 from ..methods._rows import Rows
 from ..methods.adalora import AdaLoRA
-from ..methods.dora import Decomposed
 from ..methods.freeze import Head
 from ..methods.ia3 import IA3, ScaleInput, ScaleOutput
 from ..methods.lora import LoRA

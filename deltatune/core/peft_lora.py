@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods._decomposed import Decomposed
 from ..methods.adalora import AdaLoRA
 from ..methods.budget import in_steps
-from ..methods.dora import Decomposed, DoRA
+from ..methods.dora import DoRA
 from ..methods.lora import LoRA
 from ..methods.low_rank import LowRank
 from ..methods.triplets import Triplets

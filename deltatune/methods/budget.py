@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
-NAMES = ("lora_A", "lora_B", "lora_E")
+from ._importance import importance, observe
 
 
 def in_steps(share: float, steps: int) -> int:
@@ -59,11 +58,13 @@ class Budget:
         return int((self.first - self.least) * left**3 + self.least)
 
     def arrive(self, step: int) -> None:
-        """Called by every layer that trains; the last of a step allocates."""
+        """Called by every layer that trains; the last of a step looks at all of them, and allocates."""
         self.arrived += 1
         if self.arrived < sum(member.rank > 0 for member in self.members):
             return
         self.arrived = 0
+        if step < self.end and (alive := [member for member in self.members if member.rank]):
+            observe(alive)
         every = max(1, in_steps(self.shares[2], self.steps))
         if step == self.end or (self.tinit < step < self.end and step % every == 0):
             self.allocate(self.at(step))
@@ -81,19 +82,3 @@ class Budget:
             member.kept.copy_(part)
             member.mask()
         self.allocations += 1
-
-
-@torch.no_grad()
-def observe(seen: dict[str, Tensor], parameters: dict[str, Tensor], betas: tuple[float, float]) -> None:
-    """Smooth |w dL/dw| (sensitivity) and how far it strays (uncertainty) of every value, into `seen`."""
-    for name, p in parameters.items():
-        now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()
-        mean, stray = (seen.setdefault(f"{kind}.{name}", torch.zeros_like(p)) for kind in ("mean", "stray"))
-        mean.mul_(betas[0]).add_(now, alpha=1 - betas[0])
-        stray.mul_(betas[1]).add_((now - mean).abs_(), alpha=1 - betas[1])
-
-
-def importance(seen: dict[str, Tensor]) -> Tensor:
-    """S_i [r] = s(lambda_i) + the mean of s over column i of P + the mean over row i of Q, s = mean * stray."""
-    q, p, e = (seen[f"mean.{name}"] * seen[f"stray.{name}"] for name in NAMES)
-    return e.view(-1) + q.mean(1) + p.mean(0)

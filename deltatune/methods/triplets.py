@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..core.delta import Delta, Dense
 from ..core.joint import added, summed
-from .budget import NAMES, Budget, observe
+from ._importance import NAMES
+from .budget import Budget
 
 
 class Triplets(Delta):
@@ -45,10 +46,10 @@ class Triplets(Delta):
         if not self.rank or not self.settings.gamma:
             return None
         unit = torch.eye(self.rank, device=self.lora_A.device, dtype=self.lora_A.dtype)
-        gaps = [torch.linalg.vector_norm(m @ m.T - unit) for m in (self.lora_A, self.lora_B.T)]
+        gaps = torch.stack([torch.addmm(unit, m, m.T, beta=-1) for m in (self.lora_A, self.lora_B.T)])
         if self.settings.penalty == "squares":
-            return self.settings.gamma * (gaps[0].square() + gaps[1].square())
-        return self.settings.gamma / (2 * len(self.budget.members)) * (gaps[0] + gaps[1])
+            return self.settings.gamma * gaps.square().sum()
+        return self.settings.gamma / (2 * len(self.budget.members)) * torch.linalg.vector_norm(gaps, dim=(1, 2)).sum()
 
     def begin(self, steps: int) -> None:
         if self.lora_A.dtype in (torch.bfloat16, torch.float16):
@@ -58,9 +59,6 @@ class Triplets(Delta):
         self.budget.begin(steps)
 
     def after_step(self, step: int) -> None:
-        if step < self.budget.end:
-            own: dict[str, Any] = {name: getattr(self, name) for name in NAMES}
-            observe(self.seen, own, (self.settings.beta1, self.settings.beta2))
         self.budget.arrive(step)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ that do not fit the room, it is computed in every step as ever.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.delta import SLOT
-from ..core.site import blocks, pairs, towers
+from ..core.site import blocks, pairs, towers, trunk
 from ..core.slot import Slot
 from ..data.batch import Batch
 from ..machine import free_disk, free_memory
@@ -52,6 +52,7 @@ class Below:
     found: tuple[Any, ...] = ()
     total: int = 0
     why: str = ""
+    first: Any = None  # the module that hands a row to the lowest block: what it makes is then no longer asked for
 
     def reached(self, batch: Batch) -> Any:
         """What they make of a batch."""
@@ -65,14 +66,16 @@ class Below:
     @contextmanager
     def known(self, states: Any) -> Iterator[None]:
         """Inside, a forward pass takes `states` for their result."""
+        ends = (self.found[-1],) if self.first is None else (self.first, self.found[-1])
         for block in self.found[:-1]:
             block.forward = passing
-        self.found[-1].forward = partial(given, states)
+        for module in ends:
+            module.forward = partial(given, states)
         try:
             yield
         finally:
-            for block in self.found:
-                del block.forward
+            for module in dict.fromkeys((*ends, *self.found)):
+                del module.forward
 
 
 def passing(hidden_states: Any, *_: Any, **__: Any) -> Any:
@@ -106,8 +109,13 @@ def below(model: Any, sample: Batch) -> Below:
         return Below(model, total=len(names), why=next(f"{n} {w}" for n, w in changing.items() if names[0] in n))
     found = Below(model, tuple(model.get_submodule(n) for n in names[:count]), len(names))
     outside = {n: w for n, w in changing.items() if not any(f"{n}.".startswith(f"{b}.") for b in names)}
+    # one that holds the blocks runs in any case, and may leave out the one that is waited for
+    if (above := next((n for n in outside if not n or names[0].startswith(f"{n}.")), None)) is not None:
+        return Below(model, total=len(names), why=f"{above} {outside[above]}".strip())
     called: list[str] = []
-    handles = [model.get_submodule(n).register_forward_pre_hook(partial(note, called, n)) for n in outside]
+    leads = Leads()
+    handles = leads.watch(model, found.found[0])
+    handles += [model.get_submodule(n).register_forward_pre_hook(partial(note, called, n)) for n in outside]
     try:
         states = found.reached(sample)
     finally:
@@ -117,7 +125,28 @@ def below(model: Any, sample: Batch) -> Below:
         return Below(model, total=len(names), why=f"{called[0]} {outside[called[0]]}")
     if not isinstance(states, Tensor):
         return Below(model, total=len(names), why="its blocks hand on more than hidden states")
-    return found
+    return replace(found, first=leads.found)
+
+
+class Leads:
+    """Which module of a trunk made exactly what its lowest block reads; None where something else did."""
+
+    def __init__(self) -> None:
+        self.found: Any = None
+        self.made: list[tuple[nn.Module, Any]] = []
+
+    def watch(self, model: Any, block: nn.Module) -> list[Any]:
+        """The hooks that see it in one forward pass."""
+        kept = [m for m in trunk(model).children() if not isinstance(m, nn.ModuleList)]
+        return [
+            *(m.register_forward_hook(lambda m, _, output: self.made.append((m, output))) for m in kept),
+            block.register_forward_pre_hook(self.enters, with_kwargs=True),
+        ]
+
+    def enters(self, block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        read = args[0] if args else kwargs.get("hidden_states")
+        self.found = next((m for m, output in self.made if output is read), None)
+        self.made.clear()
 
 
 def note(called: list[str], name: str, *_: Any) -> None:
@@ -206,10 +235,11 @@ def reuse(job: Job) -> None:
     rows, room = space(lengths, width, next(job.model.parameters()).dtype)
     job.known = Known(found, lengths, lambda chosen: job.batch([job.rows[i] for i in chosen]), rows, room)
     size = room.numel() * room.element_size() / 2**20
+    place = "in a temporary file" if room.untyped_storage().filename else "in memory"
     of_rows = "all rows" if rows == len(lengths) else f"{rows} of {len(lengths)} rows"
     job.notes.append(
         f"{len(found.found)} of {found.total} blocks are frozen below everything that trains: what they make of "
-        f"{of_rows} is computed once ({size:.0f} MiB)"
+        f"{of_rows} is computed once ({size:.0f} MiB, {place})"
     )
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from ..core.delta import SLOT
 from ..core.recompute import held as blocks_held
 from ..core.recompute import units
 from ..core.site import blocks, output_layer
 from ..data.media import reads
-from ..machine import free_memory
+from ..machine import free_memory, mapped_files
 from ..objectives.branches import branches
 from ..objectives.common import kind_of
 from ..objectives.projection import CHUNK, in_pieces
@@ -146,13 +147,28 @@ def free() -> int:
     return free_memory()
 
 
-def warning(predicted: Mapping[str, int], more: bool = True) -> str | None:
-    """What to say when the estimate does not fit; None when it does. more: whether more could be recomputed."""
+def there(model: nn.Module) -> int:
+    """Bytes of the base's weights that are no longer free, as the model is loaded: what an estimate has beyond them is
+    still to come. Those that lie in pages of a mapped file count as free memory for as long as they are not changed."""
+    on_gpu, files = torch.cuda.is_available(), [] if torch.cuda.is_available() else mapped_files()
+    found = (p for n, p in model.named_parameters() if SLOT not in n and p.is_cuda == on_gpu and not p.is_meta)
+    return sum(p.nbytes for p in found if not any(a <= p.data_ptr() < b for a, b in files))
+
+
+def room(job: Job) -> int:
+    """Bytes that a run's peak may have: those that are free, and those that its weights have taken already."""
+    return free() + there(job.model)
+
+
+def warning(predicted: Mapping[str, int], loaded: int = 0, more: bool = True) -> str | None:
+    """What to say when the estimate does not fit; None when it does. loaded: bytes of it that are `there` already;
+    more: whether more could be recomputed."""
     total, available = predicted["total"], free()
-    if total <= available:
+    if total - loaded <= available:
         return None
     most = max((k for k in predicted if k != "total"), key=lambda k: predicted[k])
+    already = f"; weights of {loaded / 2**30:.1f} GiB are loaded already" * bool(loaded)
     return (
-        f"predicted peak memory {total / 2**30:.1f} GiB (mostly {most}), free {available / 2**30:.1f} GiB: "
+        f"predicted peak memory {total / 2**30:.1f} GiB (mostly {most}{already}), free {available / 2**30:.1f} GiB: "
         f"lower train.batch_tokens (or batch_rows){', or set train.checkpoint_gradients: on' * more}"
     )

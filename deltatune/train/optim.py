@@ -211,6 +211,8 @@ class Optimizer:
             for group in self.inner.param_groups:
                 group["lr"] = self.optim.lr * group["ratio"] * rate
         self.inner.step()
+        if self.optim.optimizer in ("adamw-8bit", "paged-adamw"):  # bitsandbytes writes where autograd does not see it
+            torch.autograd.graph.increment_version(list(self.masters.values()))
         self.steps += 1
         for key, p in self.model.items():
             master = self.masters[key]

@@ -43,15 +43,15 @@ def chosen(job: Job) -> int:
 def fewest(job: Job, there: Sequence[str]) -> int:
     """As many as a model that came so recomputes already, else as few as fit the free memory."""
     already = sum(marked(job.model, unit) for unit in there)
-    none, free = memory.estimate(replace(job, recompute=0))["total"], memory.free()
-    if already or not there or none <= free:
+    none, room = memory.estimate(replace(job, recompute=0))["total"], memory.room(job)
+    if already or not there or none <= room:
         return already
     each = none - memory.estimate(replace(job, recompute=1))["total"]
-    count = min(len(there), math.ceil((none - free) / each)) if len(there) > 1 else 1
+    count = min(len(there), math.ceil((none - room) / each)) if len(there) > 1 else 1
     what = "all blocks, which the family does not tell apart" if there == WHOLE else f"{count} of {len(there)} blocks"
     job.notes.append(
-        f"gradient checkpointing is on for {what}: {none / 2**30:.1f} GiB would not fit without, "
-        f"{free / 2**30:.1f} GiB are free"
+        f"gradient checkpointing is on for {what}: {none / 2**30:.1f} GiB would not fit without, where there are "
+        f"{room / 2**30:.1f} GiB, the loaded weights' included"
     )
     return count
 

@@ -181,6 +181,7 @@ def plan(config: Config) -> dict[str, Any]:
         "recomputed_blocks": recompute.count(job),
         "blocks": len(blocks(job.model)),
         "predicted_memory_bytes": memory.estimate(job),
+        "loaded_memory_bytes": memory.there(job.model),
         "free_memory_bytes": memory.free(),
         "notes": job.notes,
     }
@@ -260,9 +261,12 @@ def opening(job: Job, folder: Path, store: Store) -> Opened:
 def before_training(job: Job) -> list[verify.Check]:
     checks = [verify.labels_audited(job), verify.covered(job), verify.starts_as_base(job)]
     checks += [verify.head_kept(job)] if job.objective.task_head else []
-    predicted = memory.estimate(job)
-    said = memory.warning(predicted, more=job.recompute < len(units(job.model)))
-    seen = said or f"{predicted['total'] / 2**30:.2f} GiB predicted, {memory.free() / 2**30:.2f} GiB free"
+    predicted, loaded = memory.estimate(job), memory.there(job.model)
+    said = memory.warning(predicted, loaded, more=job.recompute < len(units(job.model)))
+    seen = said or (
+        f"{predicted['total'] / 2**30:.2f} GiB predicted, of which {loaded / 2**30:.2f} GiB are loaded, "
+        f"{memory.free() / 2**30:.2f} GiB free"
+    )
     checks.append(verify.Check("memory", None if said else True, seen, warns=said is not None))
     rate, fixed = float(job.config.train.lr or 0), job.config.train.optimizer != "adafactor-relative"
     names = rated(job.config.presets, [name for name, _ in job.config.parts])

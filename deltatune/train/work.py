@@ -14,9 +14,10 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,11 +38,24 @@ Shape = tuple[int, int]  # (inputs, outputs) of a matrix product
 Place = tuple[bool, bool, Shape]  # of a layer: whether it reads the decoder's tokens, whether it is in a block
 MOST = 2e10  # floating-point operations of a product that is timed; a larger one is timed on fewer rows
 REPEATS = 3
+WAITING = 64  # passes whose masks stay on the device until they are looked at
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass, as far as it is known without waiting for the device."""
+
+    seen: Counter[tuple[Place, int, bool, bool]]
+    attended: Counter[tuple[Heads, bool]]
+    shares: tuple[tuple[Tensor | int, int], tuple[Tensor | int, int]]  # of the model's texts and of a decoder's
+    lengths: Tensor | Sequence[int] | None  # of its rows
+    window: int | None
 
 
 @dataclass
 class Work:
-    """What `step` computes while it trains, added up over its passes until `close` takes the hooks away.
+    """What `step` computes while it trains, added up over its passes until `close` takes the hooks away. The last few
+    passes wait to be added until then, or until `settle`.
 
     An observer of the loop as well: the seconds to compare with are those of the steps that it saw.
     """
@@ -62,6 +76,7 @@ class Work:
         self.layer: dict[Shape, Any] = {}  # one that has such a product
         self.seen: Counter[tuple[Place, int, bool, bool]] = Counter()  # numbers read, whether x and W have gradients
         self.attended: Counter[tuple[Heads, bool]] = Counter()  # of one pass: forward passes, a backward one is two
+        self.waiting: list[Pass] = []
         self.handles: list[Any] = [
             self.step.register_forward_pre_hook(self.before),
             self.step.register_forward_hook(self.after),
@@ -77,6 +92,7 @@ class Work:
                 self.handles.append(layer.register_forward_pre_hook(partial(self.multiplies, place)))
 
     def close(self) -> None:
+        self.settle()
         while self.handles:
             self.handles.pop().remove()
 
@@ -110,18 +126,37 @@ class Work:
         texts = said = share(mask)
         if self.two and not step.objective.task_head:  # under a task head a decoder reads the encoder's texts
             said = share(((batch.labels if batch.choices is None else batch.choices) != IGNORE).flatten(0, -2))
-        for ((decoder, inside, (k, n)), size, onward, trained), count in self.seen.items():
+        window = getattr(step.model.config.get_text_config(), "sliding_window", None) if self.attended else None
+        lengths = None if batch.lens or mask is None or mask.ndim != 2 else mask.sum(1)
+        self.waiting.append(Pass(self.seen.copy(), self.attended.copy(), (texts, said), batch.lens or lengths, window))
+        if len(self.waiting) >= WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add up the passes that wait, with one look at the device for all that their masks hold."""
+        waiting, self.waiting = self.waiting, []
+        each = (x for one in waiting for x in (one.shares[0][0], one.shares[1][0], one.lengths))
+        asked = [x for x in each if isinstance(x, Tensor)]
+        flat = torch.cat([x.reshape(-1) for x in asked]).tolist() if asked else []
+        ends = accumulate(x.numel() for x in asked)
+        told = iter([flat[end - x.numel() : end] for x, end in zip(asked, ends, strict=True)])
+        for one in waiting:
+            texts, said = ((next(told)[0] if isinstance(real, Tensor) else real, of) for real, of in one.shares)
+            self.count(one, (texts, said), next(told) if isinstance(one.lengths, Tensor) else one.lengths or ())
+
+    def count(self, one: Pass, shares: Sequence[tuple[int, int]], lengths: Sequence[int]) -> None:
+        """Add up a pass whose (tokens that carry text, all of them) and lengths of rows are known."""
+        texts, said = shares
+        for ((decoder, inside, (k, n)), size, onward, trained), count in one.seen.items():
             real, tokens = said if decoder else texts
             rows = size / k * real / tokens if inside or size == k * tokens else size / k
             for shape in [(k, n)] + [(n, k)] * onward + [(k, n)] * trained:
                 self.rows[shape] += count * rows
                 self.calls[shape] += count
-        lengths = batch.lens or (mask.sum(1).tolist() if mask is not None and mask.ndim == 2 else ())
-        window = getattr(step.model.config.get_text_config(), "sliding_window", None) if self.attended else None
-        if self.attended and lengths and max(lengths) <= (window or max(lengths)):
+        if one.attended and lengths and max(lengths) <= (one.window or max(lengths)):
             squares = sum(float(n) ** 2 for n in lengths)
             self.squares, self.sequences = self.squares + squares, self.sequences + len(lengths)
-            self.attention.update({key: count * squares for key, count in self.attended.items()})
+            self.attention.update({key: count * squares for key, count in one.attended.items()})
 
     # ---- of the loop -------------------------------------------------------------------------------------------------
     def on_start(self, record: Mapping[str, Any]) -> None: ...
@@ -138,11 +173,13 @@ class Work:
     # ---- what it comes to --------------------------------------------------------------------------------------------
     def flops(self) -> float:
         """Floating-point operations of all steps; an attention's backward pass counts twice its forward pass."""
+        self.settle()
         found = sum(2.0 * k * n * rows for (k, n), rows in self.rows.items())
         return found + sum(asked(h, causal) * squares for (h, causal), squares in self.attention.items())
 
     def floor(self) -> float:
         """Seconds of the same on this machine: each product alone, on as many rows as a call has on average."""
+        self.settle()
         found = 0.0
         for (k, n), rows in self.rows.items():
             m = max(1, min(round(rows / self.calls[k, n]), int(MOST / (2.0 * k * n))))
@@ -200,12 +237,13 @@ def encoded(name: str) -> bool:
     return "encoder" in parts or (not CROSS.isdisjoint(parts) and any(plays(name, role) for role in ("k", "v")))
 
 
-def share(mask: Tensor | None) -> tuple[int, int]:
-    """(tokens that carry text, all of them) by a mask [rows, seq], or of keys that a query sees [*, queries, keys]."""
+def share(mask: Tensor | None) -> tuple[Tensor | int, int]:
+    """(tokens that carry text, all of them) by a mask [rows, seq], or of keys that a query sees [*, queries, keys]; the
+    first stays on the device."""
     if mask is None:
         return 1, 1
     seen = mask if mask.ndim == 2 else mask.any(-2)
-    return int(seen.count_nonzero()), seen.numel()
+    return seen.count_nonzero(), seen.numel()
 
 
 def asked(h: Heads, causal: bool) -> float:
