@@ -259,6 +259,16 @@ def test_rows_of_one_length_cost_no_kernels_of_their_own(name: str) -> None:
     assert of_a_block(name, 16, 16, 16, 16) == of_a_block(name, 64)
 
 
+def test_rows_of_several_lengths_are_taken_apart_once() -> None:
+    """Guards against a gradient of the whole pack, mostly zeros, for each of its rows."""
+    found = set()
+    for lens in ((64,), (20, 12, 9, 23), (9, 9, 20, 9, 17)):
+        step = step_of(made("lora"), packed_batch(*lens))
+        loss = step(packed_batch(*lens))[0]
+        found.add(called(loss.backward)["aten.slice_backward.default"])
+    assert len(found) == 1 and found != {0}  # turning q and k has some
+
+
 # ---- several adapters, and tokens one by one -------------------------------------------------------------------------
 def of_a_call(run: Any) -> Counter[str]:
     """Kernels of the second call: what is kept from call to call is there."""
