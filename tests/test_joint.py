@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltatune import AdaLoRA, Adapter, DoRA, LoRA, activate, attach, rows
+from deltatune import AdaLoRA, Adapter, BitFit, DoRA, LoRA, activate, attach, rows
+from deltatune.core import slot
+from deltatune.core.joint import Added, Onto
 from deltatune.core.slot import slots
 from models import inputs, tiny
 from test_combine import shaken
@@ -153,3 +156,111 @@ def test_inference_tensors_are_not_kept():
         model = crowd(count=2)
         batch = asked(model, rows=2)
         assert logits(model, batch, ["n0", "n1"]).isfinite().all()
+
+
+# ---- one adapter: the product's own gradient ----------------------------------------------------------------------
+def numbers(*shapes, grad=True):
+    g = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_(grad) for shape in shapes]
+
+
+ONTO = {
+    "any y": lambda x, y, a, b, w: Added.apply(x, y, a, b, Onto(0.7))[0],
+    "its own y": lambda x, y, a, b, w: Added.apply(x, F.linear(x, w), a, b, Onto(0.7, w))[0] + y,
+    "a view": lambda x, y, a, b, w: Added.apply(x, F.linear(x, w, w[:, 0]), a, b, Onto(0.7, w))[0] + y,
+    "nothing of x": lambda x, y, a, b, w: Added.apply(x.detach(), F.linear(x.detach(), w), a, b, Onto(0.7, w))[0] + y,
+}
+
+
+@pytest.mark.parametrize("form", ONTO.values(), ids=ONTO)
+def test_first_and_second_derivatives_are_differences(form):
+    (w,) = numbers((4, 3), grad=False)
+    given = numbers((1, 5, 3), (1, 5, 4), (2, 3), (4, 2))
+    given = given if form is not ONTO["nothing of x"] else [given[0].detach(), *given[1:]]
+    assert torch.autograd.gradcheck(lambda *t: form(*t, w), given)
+    assert torch.autograd.gradgradcheck(lambda *t: form(*t, w), given)
+
+
+def by_formula(delta, x, y, layer=None):
+    a, b, scale = delta.low_rank()
+    x = F.dropout(x, delta.dropout, delta.training)
+    return y + scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+
+USES = {
+    "all layers": ("llama", LoRA(r=2, targets=("all",)), {}),
+    "biases": ("opt", LoRA(r=2, targets=("all",)), {}),
+    "trained biases": ("opt", (LoRA(r=2, targets=("all",)), BitFit()), {}),
+    "two adapters of one": ("llama", (LoRA(r=2), LoRA(r=3)), {}),
+    "behind it": ("llama", (LoRA(r=2, targets=("all",)), Adapter(4)), {}),
+    "dropout": ("llama", LoRA(r=2, targets=("all",), dropout=0.5), {}),
+    "adalora": ("llama", AdaLoRA(r=2, targets=("all",)), {}),
+    "columns": ("phi3", LoRA(r=2, targets=("all",)), {}),
+    "half precision": ("llama", LoRA(r=2, targets=("all",)), {"dtype": torch.bfloat16}),
+    "conv1d": ("gpt2", LoRA(r=2, targets=("all",)), {}),
+}
+
+
+def trained(name, monkeypatch=None, checkpointing=False, exact=True):
+    """Loss and gradients of all that trains, in fp64 where `exact`; with `monkeypatch` by plain operations."""
+    family, method, fields = USES[name]
+    model = shaken(tiny(family, **fields), method, "a", 1).train()
+    model = model.double() if exact else model
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if monkeypatch:
+        monkeypatch.setattr(slot, "added", by_formula)
+        monkeypatch.setattr("deltatune.methods.low_rank.added", by_formula)
+        monkeypatch.setattr("deltatune.methods.triplets.added", by_formula)
+    torch.manual_seed(0)
+    loss = model(**inputs(model)).loss
+    loss.backward()
+    return torch.cat(
+        [loss.detach()[None].double(), *(p.grad.flatten().double() for p in model.parameters() if p.requires_grad)]
+    )
+
+
+@pytest.mark.parametrize("name", USES)
+def test_loss_and_gradients_are_those_of_plain_operations(name, monkeypatch):
+    ours, again = trained(name), trained(name)
+    assert torch.equal(ours, again)
+    assert torch.equal(ours, trained(name, checkpointing=True))
+    plainly = trained(name, monkeypatch)
+    # norms and turns are in fp32 in any case
+    assert (ours - plainly).norm() <= 1e-6 * plainly.norm()
+
+
+def test_in_half_precision_no_more_is_lost_than_by_plain_operations(monkeypatch):
+    exact, ours = trained("half precision"), trained("half precision", exact=False)
+    plainly = trained("half precision", monkeypatch, exact=False)
+    assert (ours - exact).norm() <= 1.1 * (plainly - exact).norm()
+
+
+def test_a_gradient_past_the_change_alone_would_be_seen(monkeypatch):
+    """The fault guarded against: y taken for the layer's own where its bias trains."""
+    monkeypatch.setattr(slot, "plain", lambda layer, hook: type(layer) is torch.nn.Linear)
+    with pytest.raises(AttributeError):  # biases without a gradient
+        test_loss_and_gradients_are_those_of_plain_operations("trained biases", monkeypatch)
+
+
+def test_what_another_hook_has_seen_is_left_alone():
+    """A hook in front of ours changes or keeps y: neither its gradient nor its values are ours to make."""
+    model, seen = tiny("llama"), []
+    layer = model.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda _, args, y: seen.append(2 * y) or seen[-1])
+    shaken(model, LoRA(r=2, targets=("all",)), "a", 1)
+    x = torch.randn(1, 3, 32, requires_grad=True)
+    y = layer(x)
+    (found,) = torch.autograd.grad(y.sum(), x)
+    (delta,) = slot.deltas(layer)
+    assert torch.equal(seen[0], 2 * F.linear(x, layer.weight))
+    torch.testing.assert_close(
+        found, torch.autograd.grad(by_formula(delta, x, 2 * F.linear(x, layer.weight)).sum(), x)[0]
+    )
+
+
+def test_autocast_has_its_gradients():
+    model = shaken(tiny("llama"), LoRA(r=2, targets=("all",)), "a", 1).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(**inputs(model)).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)

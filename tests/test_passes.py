@@ -125,7 +125,7 @@ def test_elsewhere_auto_halves_until_it_fits(made, monkeypatch):
         (needed[most // 2], most // 2),
         (1, most // 2 ** (most // 32).bit_length()),
     ):
-        monkeypatch.setattr(memory, "free", lambda free=free: free)
+        monkeypatch.setattr(memory, "room", lambda job, free=free: free)
         assert passes.fitting(job, most) == wanted
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -75,13 +75,6 @@ class Group:
     length: int
     mask: Mask
 
-    def gather(self, x: Tensor) -> Tensor:
-        """x [1, heads, tokens, d] -> [sequences, heads, length, d]."""
-        count, start = len(self.starts), self.starts[0]
-        if self.starts[-1] - start == (count - 1) * self.length:  # side by side: as they lie
-            return x[0, :, start : start + count * self.length].unflatten(1, (count, self.length)).transpose(0, 1)
-        return torch.cat([x[:, :, start : start + self.length] for start in self.starts])
-
 
 @dataclass(frozen=True)
 class Packed:
@@ -89,6 +82,11 @@ class Packed:
 
     lens: tuple[int, ...]
     groups: tuple[Group, ...]
+
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """(length, how many) of neighbours of one length: they are a batch as they lie."""
+        return [(n, len(list(same))) for n, same in groupby(self.lens)]
 
 
 # ---- masks: made once per forward pass --------------------------------------------------------------
@@ -240,10 +238,11 @@ def _attend_packed(
             f"a packed batch is one row, but queries, keys and values have {[len(x) for x in tensors]}: "
             "something in front of attention (position_ids?) has one row per sequence"
         )
-    front = _front(module, tensors[1], len(packed.lens))
-    out: list[Tensor] = [tensors[0]] * len(packed.lens)
+    front, stretches = _front(module, tensors[1], len(packed.lens)), packed.stretches
+    parts, out = [_apart(x, stretches) for x in tensors], [tensors[0]] * len(stretches)
     for group in packed.groups:
-        query, key, value = (group.gather(x) for x in tensors)
+        own = [i for i, (length, _) in enumerate(stretches) if length == group.length]
+        query, key, value = (part[own[0]] if len(own) == 1 else torch.cat([part[i] for i in own]) for part in parts)
         mask = group.mask
         if front is not None:
             order = slice(None) if len(packed.groups) == 1 else list(group.order)
@@ -254,11 +253,20 @@ def _attend_packed(
                 mask = mask.grown(k.shape[2], visible[order], query, group.length)
             key, value = torch.cat([k[order], key], dim=2), torch.cat([v[order], value], dim=2)
         done = _softmax(module, (query, key, value), mask.see, {**how, "is_causal": mask.causal})
-        if len(packed.groups) == 1:
-            return done.flatten(0, 1)[None]
-        for i, row in zip(group.order, done.split(1), strict=True):
-            out[i] = row
-    return torch.cat(out, dim=1)
+        for i, rows in zip(own, done.split([stretches[i][1] for i in own]) if len(own) > 1 else [done], strict=True):
+            out[i] = rows.flatten(0, 1)
+    return (out[0] if len(out) == 1 else torch.cat(out))[None]
+
+
+def _apart(x: Tensor, stretches: list[tuple[int, int]]) -> list[Tensor]:
+    """x [1, heads, tokens, d] -> [how many, heads, length, d] of each stretch.
+
+    Taken apart at once, tokens first, as projections leave them: the gradients are then put together at once, as they
+    lie. A slice of each would fill a gradient of the whole pack with zeros.
+    """
+    rows = x.transpose(1, 2)[0]
+    parts = rows.split([n * count for n, count in stretches]) if len(stretches) > 1 else [rows]
+    return [p.unflatten(0, (count, n)).transpose(1, 2) for p, (n, count) in zip(parts, stretches, strict=True)]
 
 
 def _front(module: nn.Module, key: Tensor, sequences: int) -> tuple[Tensor, Tensor, Tensor | None] | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _global_forward_hooks
 
 from .delta import Delta, Dense
 from .site import Range, put, take
@@ -16,13 +18,103 @@ LEAST = 64  # summed ranks that are always multiplied as one
 SHARE = 8  # of the layer's narrower side: other rows' adapters then cost less than a quarter of the layer
 
 
-def added(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
-    """y [*, d_out] + s B A x [*, d_in] of one delta that has such a product; x is dropped out in training."""
+@dataclass(frozen=True)
+class Onto:
+    """What `Added` adds to. `weight` [d_out, d_in]: y is x W^T, plus a bias perhaps, of a frozen layer, fresh and
+    nobody else's: it is written over, and its gradient passes on to x here, in the same product as the change's own.
+    """
+
+    scale: float
+    weight: Tensor | None = None
+
+
+class Added(torch.autograd.Function):
+    """(x [*, d_in], y [*, d_out], A [r, d_in], B [d_out, r], onto) -> (y + s B A x, A x [*, r]).
+
+    A product with r rows or columns is bound by memory: what is as wide as the layer is read or written once by each,
+    and never scaled. The gradient of B is made as [r, d_out] and turned: the other way is up to nine times as slow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, a: Tensor, b: Tensor, onto: Onto) -> Any:
+        out, low = plus(x, y, a, b, onto)
+        for_a, for_b = ctx.needs_input_grad[2:4]
+        ctx.onto = onto
+        ctx.save_for_backward(x if for_a else None, low if for_b else None, a, b, onto.weight)
+        ctx.set_materialize_grads(False)
+        if out is y:
+            ctx.mark_dirty(y)
+        return out, low
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, g_low: Tensor | None) -> Any:
+        x, low, a, b, weight = ctx.saved_tensors
+        if g is None and g_low is None:
+            return None, None, None, None, None
+        if g is None:  # asked of A x alone: by a second derivative, of what does not depend on y
+            assert g_low is not None
+            g = torch.zeros(*g_low.shape[:-1], len(b), dtype=b.dtype, device=b.device)
+        for_x, for_y, for_a, for_b, _ = ctx.needs_input_grad
+        flat, d_x, d_a, d_b = g.flatten(0, -2), None, None, None
+        if for_b:
+            d_b = times(low.flatten(0, -2).T, flat, ctx.onto.scale, b.T).T
+        if for_x or for_a:
+            # a product of so few columns reads rows of B^T twice as fast as columns of B
+            back = times(flat, b.T.contiguous().T, ctx.onto.scale, b[:1])
+            back = back if g_low is None else back + g_low.flatten(0, -2)
+            d_a = back.T @ x.flatten(0, -2) if for_a else None
+        if for_x:
+            d_x = back @ a if weight is None else (flat @ weight).addmm_(back, a)
+            d_x = d_x.unflatten(0, g.shape[:-1])
+        return d_x, g if for_y and weight is None else None, d_a, d_b, None
+
+
+def times(left: Tensor, right: Tensor, scale: float, like: Tensor) -> Tensor:
+    """scale x left right, the factor within the product; `like`, of its shape, is not read."""
+    return torch.addmm(like, left, right, beta=0, alpha=scale)
+
+
+def plus(x: Tensor, y: Tensor, a: Tensor, b: Tensor, onto: Onto) -> tuple[Tensor, Tensor]:
+    """(y + s B A x, A x); y itself where it may be written over and is no view, whose graph would change."""
+    low = F.linear(x, a)
+    flat, part = y.flatten(0, -2), low.flatten(0, -2)
+    if onto.weight is None or y._is_view() or not y.is_contiguous():
+        return torch.addmm(flat, part, b.T, alpha=onto.scale).view_as(y), low
+    flat.addmm_(part, b.T, alpha=onto.scale)
+    return y, low
+
+
+def added(delta: Delta, x: Tensor, y: Tensor, layer: Any = None) -> Tensor:
+    """y [*, d_out] + s B A x [*, d_in] of one delta that has such a product; x is dropped out in training.
+
+    layer: `y` is what it has just made of `x`, and may be written over (see `plain`).
+    """
     found = delta.low_rank()
     assert found is not None
-    (a, b, scale), x = found, F.dropout(x, delta.dropout, delta.training) if delta.dropout else x
-    low = F.linear(x, a.to(x.dtype)).flatten(0, -2)
-    return torch.addmm(y.flatten(0, -2), low, b.to(x.dtype).T, alpha=scale).view_as(y)
+    (a, b, scale), drops = found, bool(delta.dropout and delta.training)
+    x = F.dropout(x, delta.dropout) if drops else x
+    factors = a.to(x.dtype), b.to(x.dtype)
+    own = layer is not None and not drops and x.dtype == y.dtype == layer.weight.dtype
+    onto = Onto(scale, layer.weight if own else None)
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or casts(x):
+        return plus(x, y, *factors, onto)[0]
+    return Added.apply(x, y, *factors, onto)[0]
+
+
+def casts(x: Tensor) -> bool:
+    """Whether products are cast now (autocast), which a backward pass of our own would not know of."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
+def plain(layer: nn.Module, hook: Callable[..., Any]) -> bool:
+    """Whether what `hook`, of `layer`, is given is x W^T + bias of frozen parameters, which nobody else has seen."""
+    if torch.compiler.is_compiling() or type(layer) is not nn.Linear:
+        return False
+    if "forward" in vars(layer) or _global_forward_hooks or casts(layer.weight):
+        return False
+    frozen = not any(p.requires_grad or type(p) is not nn.Parameter for p in layer.parameters(recurse=False))
+    return frozen and next(iter(layer._forward_hooks.values())) == hook
 
 
 def summed(delta: Delta, dense: Dense) -> dict[str, Tensor]:

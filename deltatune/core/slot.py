@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .delta import SLOT, Delta, overrides
-from .joint import Joint, split
+from .joint import Joint, added, plain, split
 from .site import put, take
 
 Running = tuple[str, Delta]
@@ -51,6 +51,7 @@ class Slot(nn.ModuleDict):
         self.befores: list[Running] = []
         self.afters: list[Running] = []
         self.joints: list[Joint] = []
+        self.direct: list[Running] = []  # the first of `afters`, where it is a product added to the layer's own
         self.attending: list[Running] = []
         self.looking: list[Running] = []
         self.wrapping: list[Running] = []
@@ -82,6 +83,7 @@ class Slot(nn.ModuleDict):
         running = [(n, d) for n in active for d in self.of(n) if rows is not None or not d.inplace]
         self.befores = [(n, d) for n, d in running if overrides(d, "before")]
         self.joints, self.afters = split([(n, d) for n, d in running if overrides(d, "after")], rows, count)
+        self.direct = [] if rows is not None else [(n, d) for n, d in self.afters[:1] if direct(d)]
         self.attending = [(n, d) for n, d in running if overrides(d, "attend")]
         self.looking = [(n, d) for n, d in running if overrides(d, "look")]
         self.wrapping = [(n, d) for n, d in running if overrides(d, "wrap")]
@@ -119,12 +121,15 @@ class Slot(nn.ModuleDict):
 
     def post(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         apart: list[Running] = []
+        rest = self.afters
+        if self.direct and plain(layer, self.post):
+            y, rest = added(self.direct[0][1], args[0], y, layer), self.afters[1:]
         for joint in self.joints:
             if (together := joint(args[0], y, by_row)) is None:
                 apart += joint.parts
             else:
                 y = together
-        for name, delta in (*apart, *self.afters):
+        for name, delta in (*apart, *rest):
             source = delta.tap.read(delta.site.read) if delta.tap else args[0]
             part = take(y, delta.site.columns)
             part = self.on_rows(name, part, lambda p, s, d=delta: d.after(layer, s, p), source)
@@ -194,6 +199,11 @@ class Slot(nn.ModuleDict):
         mine = (self.rows or {})[name].tolist()
         seen = delta.visible(len(mine) * repeat)
         return seen is None or bool(seen[mine.index(place[0]) * repeat + place[1]])
+
+
+def direct(delta: Delta) -> bool:
+    """Whether a delta adds a product of the layer's whole input to its whole output."""
+    return delta.tap is None and delta.site.columns is None and delta.low_rank() is not None
 
 
 def fronts(seen: list[tuple[Tensor | None, int]], key: Tensor) -> Tensor | None:

@@ -39,7 +39,7 @@ def chosen(job: Job) -> int | None:
 def fitting(job: Job, most: int) -> int | None:
     """A half, a quarter, ... of a micro-batch of `most` tokens, until it fits the free memory."""
     now = most
-    while now >= 2 * LEAST and memory.estimate(replace(job, pass_tokens=now, recompute=0))["total"] > memory.free():
+    while now >= 2 * LEAST and memory.estimate(replace(job, pass_tokens=now, recompute=0))["total"] > memory.room(job):
         now //= 2
     return now if now < most else None
 
