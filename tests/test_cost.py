@@ -242,7 +242,7 @@ def of_a_block(name: str, *lens: int) -> tuple[int, int]:
 KERNELS = {  # forward, backward: of the base 7 products and attention, the rest is norms, turns and the activation
     "base": (34, 56),
     "lora": (48, 108),  # forward 2 of each of 7 layers
-    "dora": (125, 136),  # forward 11 more than LoRA of each of 7: a norm, and what it is divided into
+    "dora": (125, 143),  # forward 11 more than LoRA of each of 7: a norm, and what it is divided into
     "adapter": (42, 75),  # forward 4 of each of 2: two products, the activation, the sum
     "ia3": (37, 68),  # forward 1 of each of 3
     "prefix": (41, 65),
