@@ -39,7 +39,7 @@ from ..methods.tokens import NewTokens
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
-from . import recompute
+from . import recompute, worth
 from .lengths import fitting, longest, unread
 from .opening import DTYPES, open_model, tokenizer_of
 from .opening import dtype as asked_dtype
@@ -306,7 +306,7 @@ def settle(job: Job) -> Job:
     job.recompute = recompute.chosen(job)
     pinned = {
         "precision": {v: k for k, v in DTYPES.items()}.get(next(job.model.parameters()).dtype, "auto"),
-        "compile": "off",
+        "compile": worth.pinned(job),
         "checkpoint_gradients": recompute.pinned(job),
     }
     job.config = job.config.model_copy(update={"train": job.config.train.model_copy(update=pinned)})
