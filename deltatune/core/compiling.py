@@ -20,6 +20,7 @@ from torch import nn
 
 from .delta import SLOT, Refusal
 from .site import blocks, is_linear, is_norm
+from .slot import Slot, slots
 
 MOST = 64  # programs of one function, past which it is an error; torch's own limit is 8, which unlike adapters pass
 
@@ -46,9 +47,10 @@ def mixes(module: nn.Module) -> bool:
     return any("Attention" in type(m).__name__ or isinstance(m, nn.Conv1d) for m in module.modules())
 
 
-def forward(part: nn.Module, made: Callable[..., Any], *args: Any, **given: Any) -> Any:
-    """What stands for a part's forward pass: `made` where it trains."""
-    if part.training and torch.is_grad_enabled():
+def forward(part: nn.Module, made: Callable[..., Any], own: Sequence[Slot], *args: Any, **given: Any) -> Any:
+    """What stands for a part's forward pass: `made` where it trains, and every row runs the same adapters: who runs on
+    which row of a batch would be in the program."""
+    if part.training and torch.is_grad_enabled() and all(slot.rows is None for slot in own):
         return made(part, *args, **given)
     return type(part).forward(part, *args, **given)
 
@@ -101,7 +103,7 @@ class Compiled:
     def __enter__(self) -> None:
         self.settings.enter_context(torch._dynamo.config.patch(settings()))
         for part in self.parts:
-            vars(part)["forward"] = partial(forward, part, self.functions[type(part)])
+            vars(part)["forward"] = partial(forward, part, self.functions[type(part)], tuple(slots(part).values()))
 
     def __exit__(self, *error: object) -> None:
         self.settings.close()

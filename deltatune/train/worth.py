@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .job import Job
 
 SEEN = 5  # steps that are timed before `auto` decides, after one that warms up
-GUESS = 120.0  # seconds that compiling may take where it has not been measured
+GUESS = 60.0  # seconds that compiling may take where it has not been measured
 SHARE = 0.05  # of the rest of a run that compiling may take
 TIMES = 3.0  # what is saved must be so many times what is paid
 
