@@ -179,7 +179,7 @@ class Train(Section):
     keep: Count = 2
     """Checkpoints kept."""
     compile: Switch = "auto"
-    """Compile the blocks."""
+    """Compile norms and MLPs of the blocks; auto: where it was measured to save several times what it takes."""
     checkpoint_gradients: Recomputed = "auto"
     """Recompute activations in the backward pass to save memory: of all blocks, of a number of them, or below 1 of a
     share; auto takes as few as fit."""

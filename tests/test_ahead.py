@@ -73,7 +73,6 @@ LINES = [
     ([*TRAIN, "--data", "letters.jsonl"], "lacks text|sentence|review|content|sentence1|premise|question1|question|"
      "text1, label|labels. Name yours, for instance data.columns={letter: text, dept: label}, or choose a format"),
     ([*TRAIN, "--data", "rows.jsonl", "--set", "eval.shots=2"], "eval.shots puts examples into a prompt"),
-    ([*TRAIN, "--data", "rows.jsonl", "--set", "train.compile=on"], "train.compile: on is not in this version"),
     ([*TRAIN, "--data", "rows.jsonl", "--method", "{lora: {dropout: 1.5}}"],
      "--method: method.lora.dropout: 1.5: a number >= 0 and below 1 is wanted"),
     ([*TRAIN, "--data", "rows.jsonl", "--method", "{select: {density: 1.5}}"],

@@ -402,7 +402,6 @@ def test_what_cannot_work_is_refused_with_what_would(made, tmp_path, model, rows
 
 
 REFUSED = [
-    ({"train": {"compile": "on"}}, "compile: on is not in this version"),
     ({"train": {"patience": 2}}, "give train.eval_every too"),
     ({"train": {"precision": "fp32"}, "model": {"dtype": "bf16"}}, "mixed precision is not in this version"),
     ({"data": {"eval": ()}, "train": {"eval_every": 2}}, "give data.eval"),

@@ -39,7 +39,7 @@ from ..methods.tokens import NewTokens
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
-from . import passes, recompute
+from . import passes, recompute, worth
 from .lengths import fitting, longest, unread
 from .opening import DTYPES, open_model, tokenizer_of
 from .opening import dtype as asked_dtype
@@ -234,7 +234,7 @@ class Job:
         )
 
     def given(self) -> Given:
-        """The loss of one micro-batch after another, in training order, for methods that must see rows first."""
+        """The loss of one pass after another, in training order, for methods that must see rows first."""
         sampler = self.sampler()
 
         def losses() -> Iterator[Tensor]:
@@ -316,7 +316,7 @@ def settle(job: Job) -> Job:
     job.recompute = recompute.chosen(job)
     pinned = {
         "precision": {v: k for k, v in DTYPES.items()}.get(next(job.model.parameters()).dtype, "auto"),
-        "compile": "off",
+        "compile": worth.pinned(job),
         "pass_tokens": job.pass_tokens or "off",
         "checkpoint_gradients": recompute.pinned(job),
     }

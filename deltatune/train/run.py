@@ -33,6 +33,7 @@ from ..objectives import record
 from ..report.progress import progress, show
 from . import evidence, memory, recompute, verify
 from .checkpoint import Store
+from .compiling import Compiling
 from .folder import Cost, Finished, base_of, claimed, environment, finish, verified, write, write_json
 from .guard import GuardStop, Interrupted, Stop, VerificationError, signals
 from .identity import demand_same, rows_will_change
@@ -210,8 +211,9 @@ def execute(job: Job, folder: Path, clock: Clock) -> Run:
             reuse(job)
             remarks = [*job.notes[told:], *(str(check) for check in opened.checks if check.ok is None)]
             row = verify.sample_row(job)
-            with watched(Work(Step(job.model, job.objective))) as work:
-                loop = make_loop(job, work.step, store, (*clock.observers, work))
+            with watched(Work(Step(job.model, job.objective))) as work, watched(Compiling(job, folder)) as compiling:
+                work.step.add_module("compiling", compiling)  # its choice goes into checkpoints
+                loop = make_loop(job, work.step, store, (*clock.observers, work, compiling))
                 with clock.phase("train", remarks, sample=row and asdict(row)):
                     outcome = loop.run()
             step = outcome.progress.step

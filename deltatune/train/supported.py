@@ -22,7 +22,6 @@ def check_supported(config: Config) -> None:
         and (config.data.streaming or "-" in config.data.train),
         "data.streaming reads rows of one task: give data.train without names": config.data.streaming
         and any(task_of(ref)[0] for ref in config.data.train),
-        "train.compile: on is not in this version; leave it auto (which runs without)": t.compile == "on",
         "train.patience counts evaluations: give train.eval_every too": t.patience and not t.eval_every,
         "train.eval_every needs rows to evaluate: give data.eval": t.eval_every and not config.data.eval,
         "eval.shots puts examples into a prompt, which only sft has: leave it out": config.eval.shots

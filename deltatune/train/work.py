@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.attention import CROSS, Heads, attention_modules, heads
+from ..core.compiling import compiles, parts
 from ..core.delta import Refusal
 from ..core.site import block_of, experts, is_conv1d, is_linear, layers, pairs, plays, trunk, widths
 from ..data.encode import IGNORE
@@ -83,6 +84,7 @@ class Work:
             *(m.register_forward_pre_hook(self.reads, with_kwargs=True) for m in dict.fromkeys((model, trunk(model)))),
             *(m.register_forward_hook(partial(self.attends, h)) for m, h in attending(model)),
         ]
+        places: dict[nn.Module, Place] = {}
         for name, layer in layers(model):
             # before it runs: a vocabulary projection with a forward hook is not left out. A router has a weight alone
             if is_linear(layer) and (hasattr(layer, "in_features") or is_conv1d(layer)):
@@ -90,6 +92,10 @@ class Work:
                 self.layer |= {(k, n): layer, (n, k): layer}
                 place = (self.two and not encoded(name), block_of(name) is not None, (k, n))
                 self.handles.append(layer.register_forward_pre_hook(partial(self.multiplies, place)))
+                places[layer] = place
+        for part in parts(model):
+            inner = [(places[m], m) for m in part.modules() if m in places]
+            self.handles.append(part.register_forward_hook(partial(self.whole, inner)))
 
     def close(self) -> None:
         self.settle()
@@ -107,10 +113,22 @@ class Work:
             self.mask = given.get("attention_mask")
 
     def multiplies(self, place: Place, layer: Any, args: tuple[Tensor, ...]) -> None:
+        if torch.compiler.is_compiling():
+            return  # `whole` counts
         x = args[0]
         if self.running and layer.training and (size := x.numel()):
             self.seen[place, size, x.requires_grad, layer.weight.requires_grad] += 1
             self.x = x.detach().new_empty(0) if self.x is None else self.x
+
+    def whole(self, inner: Sequence[tuple[Place, Any]], part: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        """A compiled part's products: those as wide as its input read it, the others what is made of it."""
+        if not (self.running and part.training and compiles(part)):
+            return
+        self.x = y.detach().new_empty(0) if self.x is None else self.x
+        for place, layer in inner:
+            k, x = place[2][0], args[0]
+            onward = x.requires_grad if k == x.shape[-1] else y.requires_grad
+            self.seen[place, y.numel() // y.shape[-1] * k, onward, layer.weight.requires_grad] += 1
 
     def attends(self, h: Heads, module: nn.Module, args: Any, output: Any) -> None:
         if self.running and module.training:
