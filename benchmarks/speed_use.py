@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import transformers
 
 from deltatune import activate, attach, load, rows, save, zoo
 from deltatune.core.attach import parameters
+from deltatune.evaluate.generate import Decoding, generate
 from deltatune.methods import build
 from speed_train import LORA, Peak, opened
 
@@ -37,23 +38,36 @@ def prepare(case: Any, data: Path, folder: Path) -> None:
         save(model, f"a{i}", folder / f"a{i}", base=case.base)
 
 
-def inputs(case: Any, folder: Path) -> tuple[Any, Any]:
+def opening(case: Any, folder: Path) -> tuple[Any, Any, list[str]]:
+    """The model and its tokenizer, neither with an end, so that every answer has as many tokens; and the prompts."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(zoo.model_path(case.base), padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer(json.loads((folder / "prompts.json").read_text()), padding=True, return_tensors="pt"), tokenizer
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.chat_template = tokenizer.eos_token, None, None
+    model = opened(case).eval()
+    model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return model, tokenizer, json.loads((folder / "prompts.json").read_text())
 
 
-def spoken(case: Any, model: Any, ids: Any, **how: Any) -> Row:
-    """Tokens per second of `new` tokens of every prompt, and what was said."""
-    ids = ids.to(model.device)
-    exact = {"max_new_tokens": case.new, "min_new_tokens": case.new, "do_sample": False}
-    with torch.no_grad():
-        model.generate(**ids, max_new_tokens=2, do_sample=False, **how)  # warms up
-        began = time.perf_counter()
-        out = model.generate(**ids, **exact, **how)
-    said = out[:, ids["input_ids"].shape[1] :]
+def spoken(case: Any, say: Callable[[int], list[str]]) -> Row:
+    """Tokens per second of `new` tokens of every prompt, and what was said; `say` answers with so many tokens."""
+    say(2)  # warms up
+    began = time.perf_counter()
+    said = say(case.new)
     seconds = time.perf_counter() - began
-    return {"speed": said.numel() / seconds, "unit": "tokens/s", "said": said.tolist(), "seconds": seconds}
+    return {"speed": len(said) * case.new / seconds, "unit": "tokens/s", "said": said, "seconds": seconds}
+
+
+def generated(model: Any, tokenizer: Any, prompts: list[str], **how: Any) -> Callable[[int], list[str]]:
+    """What transformers' own generation says, up to the first padding."""
+
+    def say(new: int) -> list[str]:
+        ids = tokenizer(prompts, padding=True, return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            out = model.generate(**ids, max_new_tokens=new, do_sample=False, **how)
+        made = [row[ids["input_ids"].shape[1] :].tolist() for row in out]
+        made = [row[: (*row, tokenizer.pad_token_id).index(tokenizer.pad_token_id)] for row in made]
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in made]
+
+    return say
 
 
 def names(case: Any) -> Sequence[str]:
@@ -61,27 +75,27 @@ def names(case: Any) -> Sequence[str]:
 
 
 def ours(case: Any, folder: Path) -> Row:
-    peak, model = Peak(), opened(case).eval()
+    peak, (model, tokenizer, prompts) = Peak(), opening(case, folder)
     for name in sorted(set(names(case))):
         load(model, folder / name, name)
     activate(model, "a0")
     with rows(model, names(case)) if case.adapters > 1 else nullcontext():
-        found = spoken(case, model, inputs(case, folder)[0])
+        found = spoken(case, lambda new: generate(model, tokenizer, prompts, Decoding(max_new_tokens=new)))
     return found | {"peak": peak.bytes()}
 
 
 def peer(case: Any, folder: Path) -> Row:
     import peft
 
-    peak, model = Peak(), opened(case).eval()
-    model = peft.PeftModel.from_pretrained(model, folder / "a0", adapter_name="a0")
+    peak, (model, tokenizer, prompts) = Peak(), opening(case, folder)
+    adapted = peft.PeftModel.from_pretrained(model, folder / "a0", adapter_name="a0").eval()
     for name in sorted(set(names(case)) - {"a0"}):
-        model.load_adapter(folder / name, name)
+        adapted.load_adapter(folder / name, name)
     how = {"adapter_names": names(case)} if case.adapters > 1 else {}
-    return spoken(case, model.eval(), inputs(case, folder)[0], **how) | {"peak": peak.bytes()}
+    return spoken(case, generated(adapted.eval(), tokenizer, prompts, **how)) | {"peak": peak.bytes()}
 
 
 def base(case: Any, folder: Path) -> Row:
     """The untuned model."""
-    peak, model = Peak(), opened(case).eval()
-    return spoken(case, model, inputs(case, folder)[0]) | {"peak": peak.bytes()}
+    peak, (model, tokenizer, prompts) = Peak(), opening(case, folder)
+    return spoken(case, generated(model, tokenizer, prompts)) | {"peak": peak.bytes()}

@@ -363,7 +363,7 @@ def _batch(model: Any, tokenizer: Any, rows: Sequence[Any], settings: Decoding, 
     from transformers import GenerationMixin
 
     sounds, seq2seq = hears(rows[0]), bool(model.config.is_encoder_decoder)
-    start = 0 if seq2seq or settings.beams > 1 else shared(model, rows)
+    start = 0 if seq2seq else shared(model, rows)
     inputs = listened(model, tokenizer, rows) if sounds else _written(model, tokenizer, rows, start)
     skip = inputs["decoder_input_ids"].shape[1] if sounds else 1 if seq2seq else inputs["input_ids"].shape[1]
     more: dict[str, Any] = {"logits_processor": [], "stopping_criteria": []}
@@ -380,7 +380,8 @@ def _batch(model: Any, tokenizer: Any, rows: Sequence[Any], settings: Decoding, 
     search = partial(GenerationMixin.generate, model) if sounds else model.generate
     with _defaults(model, config), torch.no_grad():
         if not seq2seq and model._supports_default_dynamic_cache():
-            more["past_key_values"] = prefilled(model, inputs["input_ids"][:, :start])
+            more["past_key_values"] = prefilled(model, rows, start)
+            more["past_key_values"].batch_repeat_interleave(settings.beams)
         out = search(**inputs, **more)
     return out[:, skip:].tolist()
 
