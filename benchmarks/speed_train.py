@@ -288,6 +288,7 @@ def peer(case: Any, folder: Path) -> Row:
     args = TrainingArguments(
         output_dir=str(folder / "peer"), per_device_train_batch_size=case.batch, num_train_epochs=case.epochs,
         save_strategy="no", learning_rate=case.lr, lr_scheduler_type="constant", max_grad_norm=1.0, weight_decay=0.0,
+        gradient_checkpointing=case.recompute, gradient_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1, report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False,
         bf16=zoo.dtype() == torch.bfloat16, use_cpu=not torch.cuda.is_available(),
     )  # fmt: skip
