@@ -2,7 +2,7 @@
 
     python benchmarks/speed.py --data DIR [--case NAME ...] [--rounds N]
     python benchmarks/speed.py --gpu [--rounds N]
-    python benchmarks/speed.py --table
+    python benchmarks/speed.py --table [--write docs/evidence/speed.md]
 
 --gpu: cases of random weights and tokens (of lengths.json's lengths), which need no files; what cannot run says why.
 DIR: the sets of docs/evidence/data.md. Both sides of a case do the same with the same rows and the same adapter, each
@@ -30,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 STORE = HERE.parent / "docs" / "evidence" / "runs" / "speed.jsonl"
 Row = dict[str, Any]
 HEADS = "| case | ours | other | ratio | of the floor | above its operations | ours, MiB | other, MiB | ratio | equal |"
+MARKS = ("<!-- speed.py --table -->", "<!-- to here -->")
 CLOSE = 2e-3  # relative, of a step's loss between the sides; half precision rounds more
 
 
@@ -169,6 +170,13 @@ def table(store: Path) -> str:
     return "\n".join(out) + "\n"
 
 
+def put(text: str, page: Path) -> None:
+    whole = page.read_text(encoding="utf-8")
+    front, mark, rest = whole.partition(MARKS[0])
+    assert mark, f"{page} has no {MARKS[0]}"
+    page.write_text(f"{front}{mark}\n{text}{MARKS[1]}{rest.partition(MARKS[1])[2]}", encoding="utf-8")
+
+
 def packed(line: Row) -> str:
     """Of a base in 4 bits, what lies in memory."""
     whole = f"{line['base'] / 2**20:.0f} MiB for {line['base_weights'] / 1e6:.0f} M"
@@ -206,12 +214,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--store", type=Path, default=STORE)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--write", type=Path, help="put the table into this page, between its marks")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     names = list(GPU) if args.gpu else args.case or [name for name in CASES if name not in GPU]
     if args.table:
-        print(table(args.store))
+        text = table(args.store)
+        print(text)
+        if args.write:
+            put(text, args.write)
     elif args.lengths:
         import speed_train
 
