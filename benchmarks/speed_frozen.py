@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from deltatune import zoo
 from deltatune.config import Config
 from deltatune.train.run import run
 from speed_train import Peak
@@ -26,6 +28,10 @@ def prepare(case: Any, data: Path, folder: Path) -> None:
     else:
         rows = json.loads(path.read_text(encoding="utf-8"))[:: case.every][: case.rows]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(zoo.model_path(case.base), folder / "base")
+    config = json.loads((folder / "base" / "config.json").read_text())
+    calm = {key: 0.0 for key in config if key.endswith("dropout_prob")}  # with dropout there is nothing to keep
+    (folder / "base" / "config.json").write_text(json.dumps(config | calm))
 
 
 def cached(case: Any, folder: Path) -> Row:
@@ -41,7 +47,7 @@ def trained(case: Any, folder: Path, how: str) -> Row:
     said = "classify" if case.source.endswith("csv") else "sft"
     settings = {"epochs": case.epochs, "batch_rows": case.batch, "lr": case.lr, "cache_activations": how}
     given = Config(
-        model=case.base, method=case.method, objective=said, data={"train": str(folder / "rows.jsonl")},
+        model=str(folder / "base"), method=case.method, objective=said, data={"train": str(folder / "rows.jsonl")},
         train=settings, eval={"retention": False},
     )  # fmt: skip
     out = folder / f"{how}-{len(list(folder.glob(how + '-*')))}"

@@ -20,4 +20,4 @@ def peer(case: Any, folder: Path) -> Row:
 
 
 def started(found: Row) -> Row:
-    return found | {"speed": 1 / found["first"], "unit": "starts/s"}
+    return found | {"speed": 60 / found["first"], "unit": "starts/min"}

@@ -16,7 +16,7 @@ from torch import nn
 
 from conformance import SUMS, batch, close, logits, snapshot, stir, values
 from deltatune import IA3, Adapter, BitFit, Full, LoRA, NewTokens, Prefix, attach, detach, load, merge, save
-from deltatune.core import peft_format, store
+from deltatune.core import peft_format, peft_parts, store
 from deltatune.core.attach import attached, parameters
 from deltatune.core.store import MANIFEST, OWN, add_tokens, load_state, state, virtual_ids
 from deltatune.methods.freeze import Head
@@ -566,3 +566,17 @@ def test_heads_are_stored_with_their_adapter(tmp_path):
     nn.init.zeros_(other.classifier.out_proj.weight)  # a head drawn anew: it is not part of the base
     load(other, folder, "default")
     close(logits(other, batch(other, None)), logits(model, batch(model, None)), 0)
+
+
+def test_reading_a_peft_folder_does_not_walk_the_model_once_a_layer(tmp_path, monkeypatch):
+    """Guards against a time that grows with the square of the layers: most of a start."""
+    walks = []
+    for layers in (2, 4):
+        save(attach(tiny("llama", num_hidden_layers=layers), LoRA(r=2), name="a"), "a", tmp_path / str(layers))
+        model, count = tiny("llama", num_hidden_layers=layers), []
+        with monkeypatch.context() as patch:
+            for place in (peft_format, peft_parts):
+                patch.setattr(place, "slots", lambda m, n=count, real=peft_parts.slots: n.append(1) or real(m))
+            load(model, tmp_path / str(layers), "a")
+        walks.append(len(count))
+    assert walks[0] == walks[1] > 0

@@ -18,7 +18,7 @@ from ..methods.low_rank import LowRank
 from ..methods.triplets import Triplets
 from .change import Low, fitting
 from .manifest import CONFIG
-from .peft_parts import PREFIX, TENSORS, Parts, body, most, short_names, widened
+from .peft_parts import PREFIX, TENSORS, Parts, at, most, short_names, widened
 from .quant import dense
 from .registry import finite, whole
 from .site import is_conv1d, put, take, widths
@@ -247,7 +247,7 @@ def means(key: str, path: str) -> bool:
 
 
 def in_lora(model: nn.Module, name: str, path: str, delta: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    siblings = [d for d in body(model, name)[path] if isinstance(d, LowRank)]
+    siblings = [d for d in at(model, name, path) if isinstance(d, LowRank)]
     start = sum(len(d.stacked()[0]) for d in siblings[: siblings.index(delta)])
     end = start + len(delta.stacked()[0])
     a = tensors[f"{PREFIX}{path}.lora_A.weight"][start:end]

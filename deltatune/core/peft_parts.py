@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .delta import Delta
+from .delta import SLOT, Delta
 from .site import layers, put
-from .slot import slots
+from .slot import Slot, slots
 
 PREFIX = "base_model.model."
 TENSORS = "adapter_model.safetensors"
@@ -20,8 +20,19 @@ Parts = dict[str, list[Delta]]  # layer name -> its deltas
 
 def body(model: nn.Module, name: str) -> Parts:
     """layer -> deltas of adapter `name`, task heads left out."""
-    found = {path: [d for d in slot.of(name) if not d.inplace] for path, slot in slots(model).items()}
+    found = {path: held(slot, name) for path, slot in slots(model).items()}
     return {path: ds for path, ds in found.items() if ds}
+
+
+def held(slot: Slot, name: str) -> list[Delta]:
+    return [d for d in slot.of(name) if not d.inplace]
+
+
+def at(model: nn.Module, name: str, path: str) -> list[Delta]:
+    """Those of one layer: `body` walks the whole model."""
+    slot = model.get_submodule(path).get_submodule(SLOT)
+    assert isinstance(slot, Slot)
+    return held(slot, name)
 
 
 def all_of(model: nn.Module, name: str, kind: type) -> list[Any]:
