@@ -169,6 +169,7 @@ class Joint:
     def __init__(self, parts: Sequence[tuple[str, Delta]], rows: Mapping[str, Tensor], count: int):
         self.parts, self.rows, self.count = parts, rows, count
         self.columns: tuple[Range, ...] | None = parts[0][1].site.columns
+        self.dropping = [delta for _, delta in parts if delta.dropout]
         self.params = [p for _, delta in parts for p in delta.parameters()]
         self.kept: tuple[Any, Factors | None] | None = None
 
@@ -176,7 +177,7 @@ class Joint:
         """x [*, d_in], y [*, d_out]; `by_row` splits the first axis into `count` rows. own: y is nobody else's (see
         `plain`). None where each adapter must run alone now: it draws a dropout of its own, or has values that are no
         numbers, which are for its own rows."""
-        if any(delta.dropout and delta.training for _, delta in self.parts):
+        if any(delta.training for delta in self.dropping):
             return None
         if (found := self.factors(x)) is None:
             return None
