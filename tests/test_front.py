@@ -60,6 +60,18 @@ def test_labels_score_alike(family, monkeypatch):
     assert (few < all_ / 2) is (family not in ("gemma", "mistral", "mamba"))
 
 
+def test_labels_of_rows_of_unlike_lengths_are_scored_with_hardly_any_padding(monkeypatch):
+    model = tiny("llama", max_position_embeddings=128)
+    texts = ["it was a film " * 6, "it", "a film", "it was a film " * 6 + "so"]
+    found, seen = [], Seen(model)
+    for least in (3, 10**9):  # tokens that take as long as another pass
+        monkeypatch.setitem(cache.PASS, "cpu", least)
+        found.append((label_scores(model, PLAIN, LABEL, texts), seen.since()))
+    (got, few), (wanted, padded) = found
+    assert got == pytest.approx(wanted, abs=2e-5)
+    assert few < 0.7 * padded
+
+
 OBJECTIVES = {
     "cloze": Cloze(TOLD + "{text} <mask>", {"pos": ["good", "fine"], "neg": ["bad", "sad"]}),
     "choice": Choice(TOLD + "{text} <mask>", {"pos": "very good , very fine", "neg": "bad"}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -25,15 +27,18 @@ FORMS = {
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts matrix products and their multiplications."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.count = self.cost = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in ("mm", "addmm", "bmm", "linear")
-        return func(*args, **(kwargs or {}))
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__.removesuffix("_") in ("mm", "addmm", "bmm", "baddbmm"):
+            self.count += 1
+            self.cost += made.numel() * args[-1].shape[-2]
+        return made
 
 
 def logits(model, batch, names):
@@ -41,17 +46,18 @@ def logits(model, batch, names):
         return model(**batch).logits
 
 
-def asked(model, rows=4):
-    return {k: v for k, v in inputs(model, rows=rows).items() if k != "labels"}
+def asked(model, rows=4, seq=7):
+    return {k: v for k, v in inputs(model, rows=rows, seq=seq).items() if k != "labels"}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])  # phi3: a layer's columns
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_each_row_is_what_it_is_alone(family, form):
+@pytest.mark.parametrize("seq", [1, 7])  # fewer tokens than ranks, and more
+def test_each_row_is_what_it_is_alone(family, form, seq):
     model = tiny(family)
     for seed, (name, method) in enumerate(zip("ab", form, strict=True), 1):
         shaken(model, method, name, seed)
-    batch = asked(model)
+    batch = asked(model, seq=seq)
     together = logits(model, batch, ["b", "a", None, "b"])
     for row, name in enumerate(("b", "a", None, "b")):
         activate(model, *([name] if name else []))
@@ -66,15 +72,39 @@ def crowd(method=LoRA, count=8, **fields):
     return model
 
 
-def products(model, names):
-    with rows(model, names), torch.no_grad(), Products() as seen:
-        model(**asked(model, rows=8))
-    return seen.count
+def products(model, names, seq=7):
+    """How many products a pass over 8 rows is, and how many multiplications; names: of the rows, or None (as it is)."""
+    with rows(model, names) if names else nullcontext(), torch.no_grad(), Products() as seen:
+        model(**asked(model, rows=8, seq=seq))
+    return seen.count, seen.cost
 
 
-def test_eight_adapters_take_the_products_of_one():
-    model = crowd()
-    assert products(model, [f"n{i}" for i in range(8)]) == products(model, ["n0", *[None] * 7])
+@pytest.mark.parametrize("seq", [1, 2, 7])
+def test_eight_adapters_take_the_products_of_one(seq):
+    model, names = crowd(), [f"n{i}" for i in range(8)]
+    activate(model, "n0")
+    (count, cost), (one, least) = products(model, names, seq), products(model, None, seq)
+    activate(model)
+    bare = products(model, None, seq)[1]
+    assert count == one
+    assert cost - bare == (least - bare) * (8 if seq < 2 else 1)  # every row's ranks, or its own
+
+
+def kept_first(seq):
+    """(what a hook in front of ours has kept of a layer's output, as it is after rows() ran, as it was)."""
+    model, seen, names = crowd(), [], [f"n{i}" for i in range(8)]
+    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(8, seq, 32)
+    layer.register_forward_hook(lambda _, args, y: seen.append(y), prepend=True)
+    with rows(model, names), torch.no_grad():
+        layer(x)
+        return seen[0], F.linear(x, layer.weight)
+
+
+@pytest.mark.parametrize("seq", [1, 7])
+def test_only_an_output_that_nobody_else_has_seen_is_written_over(seq, monkeypatch):
+    assert torch.equal(*kept_first(seq))
+    monkeypatch.setattr(slot, "plain", lambda layer, hook: True)
+    assert not torch.equal(*kept_first(seq))
 
 
 @pytest.mark.parametrize(("count", "joined"), [(8, True), (9, False)])

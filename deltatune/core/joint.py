@@ -113,7 +113,8 @@ def plain(layer: nn.Module, hook: Callable[..., Any]) -> bool:
         return False
     if "forward" in vars(layer) or _global_forward_hooks or casts(layer.weight):
         return False
-    frozen = not any(p.requires_grad or type(p) is not nn.Parameter for p in layer.parameters(recurse=False))
+    own = (p for p in layer._parameters.values() if p is not None)  # parameters() takes ten times as long
+    frozen = not any(p.requires_grad or type(p) is not nn.Parameter for p in own)
     return frozen and next(iter(layer._forward_hooks.values())) == hook
 
 
@@ -125,56 +126,97 @@ def summed(delta: Delta, dense: Dense) -> dict[str, Tensor]:
     return {"weight": (dense.weight.float() + (scale * (b @ a)).to(dense.weight.device)).to(dense.weight.dtype)}
 
 
+@dataclass(frozen=True)
+class Factors:
+    """R summed ranks: down [R, d_in] and up [R, d_out], scaled. others [rows, 1, R]: which of them are not a row's.
+
+    own [rows, r]: the numbers of those that are, r of the row with the most; spare [rows, 1, r]: which of them only
+    fill a row that has fewer (None: no row has).
+    """
+
+    down: Tensor
+    up: Tensor
+    others: Tensor
+    own: Tensor
+    spare: Tensor | None
+
+    def add(self, x: Tensor, y: Tensor, over: bool) -> Tensor:
+        """x [rows, n, d_in], y [rows, n, d_out] -> y + its rows' own products; over: y may be written over.
+
+        With fewer tokens than ranks a row's own factors are more numbers than what they are multiplied with: all rows
+        are then multiplied with all ranks, which reads every factor once. With more, each row takes its own out: as few
+        operations as one adapter's.
+        """
+        few = x.shape[1] < self.own.shape[1]
+        low = F.linear(x, self.down) if few else x @ F.embedding(self.own, self.down).mT
+        out = self.others if few else self.spare
+        # not a product with 0: what overflows for another row's adapter stays out
+        low = low if out is None else low.masked_fill_(out, 0.0)
+        if few:
+            flat, low = y.flatten(0, 1), low.flatten(0, 1)
+            return (flat.addmm_(low, self.up) if over else torch.addmm(flat, low, self.up)).view(y.shape)
+        up = F.embedding(self.own, self.up)
+        return y.baddbmm_(low, up) if over else torch.baddbmm(y, low, up)
+
+
 class Joint:
-    """y + s_i B_i A_i x on the rows of each adapter i: every row is multiplied with all A, and keeps its own share.
+    """y + s_i B_i A_i x on the rows of each adapter i, in two products, however many adapters share the batch.
 
     A loop over adapters takes rows out and puts them back for every adapter of every layer, which is most of a decoded
-    token's time; here are two products, however many adapters share the batch.
+    token's time.
     """
 
     def __init__(self, parts: Sequence[tuple[str, Delta]], rows: Mapping[str, Tensor], count: int):
         self.parts, self.rows, self.count = parts, rows, count
         self.columns: tuple[Range, ...] | None = parts[0][1].site.columns
+        self.dropping = [delta for _, delta in parts if delta.dropout]
         self.params = [p for _, delta in parts for p in delta.parameters()]
-        self.kept: tuple[Any, tuple[Tensor, Tensor, Tensor] | None] | None = None
+        self.kept: tuple[Any, Factors | None] | None = None
 
-    def __call__(self, x: Tensor, y: Tensor, by_row: Any) -> Tensor | None:
-        """x [*, d_in], y [*, d_out]; `by_row` splits the first axis into `count` rows. None where each adapter must run
-        alone now: it draws a dropout of its own, or has values that are no numbers, which are for its own rows."""
-        if any(delta.dropout and delta.training for _, delta in self.parts):
+    def __call__(self, x: Tensor, y: Tensor, by_row: Any, own: bool = False) -> Tensor | None:
+        """x [*, d_in], y [*, d_out]; `by_row` splits the first axis into `count` rows. own: y is nobody else's (see
+        `plain`). None where each adapter must run alone now: it draws a dropout of its own, or has values that are no
+        numbers, which are for its own rows."""
+        if any(delta.training for delta in self.dropping):
             return None
         if (found := self.factors(x)) is None:
             return None
-        a, b, others = found
-        low = by_row(F.linear(x, a), self.count)
-        # not a product with 0: what overflows for another row's adapter stays out
-        low = low.masked_fill(others.view(self.count, *[1] * (low.dim() - 2), -1), 0.0).flatten(0, -2)
         part = take(y, self.columns)
-        return put(y, self.columns, torch.addmm(part.flatten(0, -2), low, b.T).view_as(part))
+        over = own and self.columns is None and y.is_contiguous() and not torch.is_grad_enabled()
+        wide, made = (by_row(t, self.count).reshape(self.count, -1, t.shape[-1]) for t in (x, part))
+        return put(y, self.columns, found.add(wide, made, over).view(part.shape))
 
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """(A [r, d_in], s B [d_out, r], what of r is other rows' [count, r]), kept while no gradient is recorded."""
+    def factors(self, x: Tensor) -> Factors | None:
+        """What is multiplied, kept while no gradient is recorded and nothing in it changes."""
         if torch.is_grad_enabled() or any(p.is_inference() for p in self.params):
             self.kept = None
             return self.made(x)
-        now = (x.dtype, x.device, *((p.data_ptr(), p._version) for p in self.params))
+        now = (x.dtype, x.device, [(p.data_ptr(), p._version) for p in self.params])
         if self.kept is None or self.kept[0] != now:
             self.kept = (now, self.made(x))
         return self.kept[1]
 
-    def made(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    def made(self, x: Tensor) -> Factors | None:
         found = [(name, low) for name, delta in self.parts if (low := delta.low_rank())]
         if not all(bool(t.isfinite().all()) for _, (a, b, _) in found for t in (a, b)):
             return None
-        others = torch.ones(self.count, sum(len(a) for _, (a, _, _) in found), dtype=torch.bool, device=x.device)
+        others = torch.ones(self.count, sum(len(a) for _, (a, _, _) in found), dtype=torch.bool)
         at = 0
         for name, (a, _, _) in found:
-            others[self.rows[name].to(x.device), at : at + len(a)] = False
+            others[self.rows[name].cpu(), at : at + len(a)] = False
             at += len(a)
         down = [a for _, (a, _, _) in found]
         exact = [b.to(torch.promote_types(b.dtype, x.dtype)) for _, (_, b, _) in found]  # scaled, then rounded
-        up = [scale * b for b, (_, (_, _, scale)) in zip(exact, found, strict=True)]
-        return torch.cat(down).to(x.dtype), torch.cat(up, 1).to(x.dtype), others
+        up = [scale * b.T for b, (_, (_, _, scale)) in zip(exact, found, strict=True)]
+        own = others.byte().argsort(stable=True, dim=1)[:, : int((~others).sum(1).max())]
+        spare = others.gather(1, own)
+        return Factors(
+            torch.cat(down).to(x.dtype),
+            torch.cat(up).to(x.dtype),
+            others[:, None].to(x.device),
+            own.to(x.device),
+            spare[:, None].to(x.device) if spare.any() else None,
+        )
 
 
 def split(

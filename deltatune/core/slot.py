@@ -122,10 +122,11 @@ class Slot(nn.ModuleDict):
     def post(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
         apart: list[Running] = []
         rest = self.afters
-        if self.direct and plain(layer, self.post):
+        own = bool(self.direct or self.joints) and plain(layer, self.post)
+        if self.direct and own:
             y, rest = added(self.direct[0][1], args[0], y, layer), self.afters[1:]
         for joint in self.joints:
-            if (together := joint(args[0], y, by_row)) is None:
+            if (together := joint(args[0], y, by_row, own)) is None:
                 apart += joint.parts
             else:
                 y = together

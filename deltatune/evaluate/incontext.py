@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cache import Front, front, room
+from .cache import MANY, PASS, Front, alike, front, room
 from .generate import (
     Decoding,
     can_generate,
@@ -282,7 +282,7 @@ def _causal(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> np.ndarray:
         begun = front(model, [before for before, _ in pairs])
         known = begun.length if begun else 0
         budget = min(BATCH_TOKENS, room(model) * (max(map(len, rows)) - known) // max(map(len, rows)))
-        for group in grouped([len(r) - known for r in rows], 0, max(1, budget)):
+        for group in _batches([len(r) - known for r in rows], max(1, budget), PASS.get(model.device.type, MANY)):
             chosen = [rows[g] for g in group]
             first = min(len(pairs[i][0]) for row in chosen for i in inputs[row]) - 1
             logits = _logits(model, tokenizer, chosen, (first, begun))
@@ -291,6 +291,16 @@ def _causal(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> np.ndarray:
                     start = len(pairs[i][0]) - 1 - first
                     found[i] = _sum(at[start : start + len(pairs[i][1])], pairs[i][1])
     return found
+
+
+def _batches(lengths: Sequence[int], budget: int, pad: int) -> list[list[int]]:
+    """Row numbers in batches of at most `budget` tokens and of like lengths: a batch has logits from the end of its
+    shortest row to that of its longest."""
+    return [
+        [group[i] for i in part]
+        for group in grouped(lengths, 0, budget)
+        for part in alike([lengths[i] for i in group], pad)
+    ]
 
 
 def _logits(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], places: tuple[int, Front | None]) -> Tensor:
