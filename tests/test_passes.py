@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import tiny_run as t
 from deltatune.config import ConfigError
 from deltatune.train import memory, passes
-from deltatune.train.job import prepare
+from deltatune.train.job import in_training, prepare
 from deltatune.train.run import resume, run
 from toys import Journalist
 
@@ -120,11 +120,8 @@ def test_elsewhere_auto_halves_until_it_fits(made, monkeypatch):
     monkeypatch.setattr(passes, "LEAST", 16)
     most = memory.batch_tokens(job)
     needed = {n: memory.estimate(dataclasses.replace(job, pass_tokens=n))["total"] for n in (most, most // 2)}
-    for free, wanted in (
-        (needed[most], None),
-        (needed[most // 2], most // 2),
-        (1, most // 2 ** (most // 32).bit_length()),
-    ):
+    cases = ((needed[most], None), (needed[most // 2], most // 2), (1, most // 8))  # not below the longest row
+    for free, wanted in cases:
         monkeypatch.setattr(memory, "room", lambda job, free=free: free)
         assert passes.fitting(job, most) == wanted
 
@@ -138,8 +135,29 @@ def test_fewer_at_once_are_foreseen_to_take_less(made):
     assert memory.at_once(dataclasses.replace(job, pass_tokens=1)) == longest
 
 
+def test_models_without_known_blocks_and_noise_leave_compiling_alone(made, monkeypatch):
+    assert prepare(config(made, train={"steps": 50})).config.train.compile == "auto"
+    assert prepare(config(made, train={"steps": 50, "neftune": 5.0})).config.train.compile == "off"
+    monkeypatch.setattr("deltatune.train.worth.blocks", lambda model: [])
+    assert prepare(config(made, train={"steps": 50})).config.train.compile == "off"
+
+
+def test_what_a_method_sees_before_step_1_is_whole_micro_batches(made):
+    """Guards against a mean over passes: a mask would depend on the machine."""
+    found = []
+    for most in ("off", 70):
+        job = prepare(config(made, train={"pass_tokens": most}))
+        with in_training(job):
+            found.append(next(job.given().losses()).item())
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_stream_is_cut_too(made):
+    assert prepare(config(made, data={"streaming": True})).pass_tokens == passes.ON_CPU
+
+
 def test_without_masters_a_micro_batch_is_one_pass(made, monkeypatch):
-    """A sum of gradients would lie in fp32 beside every bf16 parameter."""
+    """A sum of gradients would be rounded by chance once more with every pass."""
     monkeypatch.setattr(passes, "ON_CPU", 70)
     train = {"rounding": "stochastic", "precision": "bf16"}
     assert prepare(config(made, method="full", train=train)).pass_tokens is None

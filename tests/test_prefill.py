@@ -12,7 +12,7 @@ from deltatune.core.attach import activate
 from deltatune.evaluate import cache
 from deltatune.evaluate.generate import Decoding, answers, generate
 from letters import letters
-from models import FAMILIES, tiny
+from models import FAMILIES, RECURRENT, tiny
 from test_combine import shaken
 from test_front import Seen
 
@@ -88,6 +88,23 @@ def test_a_beginning_of_all_rows_is_read_once_and_the_rest_without_padding():
     seen = Seen(model)
     generate(model, TOK, [front + p for p in PROMPTS], replace(SHORT, max_new_tokens=1))
     assert seen.count == 60 + sum(len(g) * max(len(PROMPTS[i]) - 1 for i in g) for g in GROUPS) + len(PROMPTS)
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_a_state_of_fixed_size_is_left_to_the_model(family):
+    """Guards against a cache that has read nothing, and cannot be repeated."""
+    model, asked = tiny(family), [[5, 6, 7], [8, 9, 10]]
+    assert generate(model, TOK, asked, SHORT) == [generate(model, TOK, [p], SHORT)[0] for p in asked]
+
+
+def test_keys_stay_where_they_were_put(monkeypatch):
+    """Guards against a copy of the whole cache, with no room left, before the first token."""
+    found, real = [], cache.prefilled
+    monkeypatch.setattr("deltatune.evaluate.generate.prefilled", lambda *a: found.append(real(*a)) or found[-1])
+    model, at = tiny("llama"), []
+    model.register_forward_pre_hook(lambda *_: at.append(found[-1].layers[0].keys.data_ptr() if found else 0))
+    generate(model, TOK, PROMPTS, replace(SHORT, max_new_tokens=3))
+    assert len({place for place in at if place}) == 1
 
 
 def test_beams_are_read_as_one():

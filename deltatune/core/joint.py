@@ -198,8 +198,6 @@ class Joint:
 
     def made(self, x: Tensor) -> Factors | None:
         found = [(name, low) for name, delta in self.parts if (low := delta.low_rank())]
-        if not all(bool(t.isfinite().all()) for _, (a, b, _) in found for t in (a, b)):
-            return None
         others = torch.ones(self.count, sum(len(a) for _, (a, _, _) in found), dtype=torch.bool)
         at = 0
         for name, (a, _, _) in found:
@@ -208,11 +206,14 @@ class Joint:
         down = [a for _, (a, _, _) in found]
         exact = [b.to(torch.promote_types(b.dtype, x.dtype)) for _, (_, b, _) in found]  # scaled, then rounded
         up = [scale * b.T for b, (_, (_, _, scale)) in zip(exact, found, strict=True)]
+        first, then = torch.cat(down).to(x.dtype), torch.cat(up).to(x.dtype)
+        if not bool(first.isfinite().all() and then.isfinite().all()):  # after rounding: 0 x inf is no number
+            return None
         own = others.byte().argsort(stable=True, dim=1)[:, : int((~others).sum(1).max())]
         spare = others.gather(1, own)
         return Factors(
-            torch.cat(down).to(x.dtype),
-            torch.cat(up).to(x.dtype),
+            first,
+            then,
             others[:, None].to(x.device),
             own.to(x.device),
             spare[:, None].to(x.device) if spare.any() else None,

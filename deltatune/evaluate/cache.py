@@ -119,14 +119,15 @@ class Front:
         """A cache for so many rows, to go on from."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        cache.batch_repeat_interleave(rows)
+        if self.length:  # a recurrent layer that has read nothing has nothing to repeat
+            cache.batch_repeat_interleave(rows)
         return cache
 
 
 @torch.no_grad()
 def front(model: Any, rows: Sequence[Sequence[int]]) -> Front | None:
     """The common beginning of all `rows` of a causal model, computed; None where there is none worth it."""
-    if model.config.is_encoder_decoder or not getattr(model, "_supports_default_dynamic_cache", lambda: False)():
+    if model.config.is_encoder_decoder or not continues(model):
         return None
     length = shared(model, rows)
     if not length or not all(type(layer) is Roomy for layer in empty(model).layers):
@@ -146,6 +147,12 @@ def _read(model: Any, ids: Tensor, cache: DynamicCache) -> None:
     """Put the keys and values of ids [rows, tokens] into `cache`; of the logits, as few as the model lets us."""
     few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, **few)
+
+
+def continues(model: Any) -> bool:
+    """Whether a model goes on from a cache that it is given; a state of fixed size may have a name of its own."""
+    found = getattr(model, "_supports_default_dynamic_cache", lambda: False)()
+    return bool(found) and "past_key_values" in inspect.signature(model.forward).parameters
 
 
 def shared(model: Any, rows: Sequence[Sequence[int]]) -> int:

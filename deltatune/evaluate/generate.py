@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.attach import rows_of, shifted
 from ..core.places import places
 from .asking import asking
-from .cache import prefilled, room, shared
+from .cache import continues, prefilled, room, shared
 from .hear import heard, hears, listened, opening
 from .processors import Repetition, Stop, Together, average, choose
 
@@ -379,9 +379,10 @@ def _batch(model: Any, tokenizer: Any, rows: Sequence[Any], settings: Decoding, 
     # the plain search for sounds: Whisper's own generate is for long sound, which it decodes window by window
     search = partial(GenerationMixin.generate, model) if sounds else model.generate
     with _defaults(model, config), torch.no_grad():
-        if not seq2seq and model._supports_default_dynamic_cache():
-            more["past_key_values"] = prefilled(model, rows, start)
-            more["past_key_values"].batch_repeat_interleave(settings.beams)
+        if not seq2seq and continues(model):
+            more["past_key_values"] = begun = prefilled(model, rows, start)
+            if settings.beams > 1 and begun.get_seq_length():  # of one, a copy that has no room to grow in
+                begun.batch_repeat_interleave(settings.beams)
         out = search(**inputs, **more)
     return out[:, skip:].tolist()
 

@@ -50,6 +50,10 @@ class Decomposed(LowRank):
             return norm
         return held.norm
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.held = None  # it would keep the layer's weight alive where that was before a move or a cast
+        return super()._apply(fn, recurse)
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "held"}
 

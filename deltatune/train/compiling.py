@@ -27,7 +27,7 @@ from ..core.recompute import held
 from . import memory
 from .folder import write_json
 from .job import Job
-from .worth import SEEN, Gain, kept_in, key_of, measurements, middle, verdict
+from .worth import SEEN, Gain, Verdict, kept_in, key_of, measurements, middle, verdict
 
 log = logging.getLogger("deltatune")
 
@@ -42,7 +42,7 @@ def called(job: Job, name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     block = job.model.get_submodule(name)
     handle = block.register_forward_pre_hook(lambda _, args, given: found.append((args, given)), with_kwargs=True)
     try:
-        next(job.given().losses())
+        next(losses(job))
     finally:
         handle.remove()
     args, given = found[0]
@@ -155,7 +155,16 @@ class Compiling(nn.Module):
 
     # ---- on and off --------------------------------------------------------------------------------------------------
     def choose(self, step: int) -> None:
-        """After `step` steps: compile from the next one on, or never."""
+        """After `step` steps: compile from the next one on, or never. A run is never lost to the question."""
+        try:
+            said = self.judged(step)
+        except Exception as error:  # whatever a tracer, a C++ compiler or a folder that cannot be written raises
+            self.give_up(error)
+            return
+        self.decide(step + 1 if said.on else None, said.why)
+
+    def judged(self, step: int) -> Verdict:
+        """By what was measured before, or is measured now."""
         seconds = statistics.median(self.seconds[1:])
         rest, notes = (self.steps - step) * seconds, list[str]()
         key = key_of(self.job)
@@ -163,15 +172,12 @@ class Compiling(nn.Module):
         said = verdict(rest, Gain(**kept) if kept else None)
         for note in notes:
             self.note(note)
-        if said.on is None:
-            try:
-                gain = measured(self.job, seconds)
-            except Exception as error:  # whatever a tracer or a C++ compiler raises
-                self.give_up(error)
-                return
-            write_json(kept_in(), measurements([]) | {key: asdict(gain)})
-            said = verdict(rest, gain)
-        self.decide(step + 1 if said.on else None, said.why)
+        if said.on is not None:
+            return said
+        with kept_buffers(self.job.model):
+            gain = measured(self.job, seconds)
+        write_json(kept_in(), measurements([]) | {key: asdict(gain)})
+        return verdict(rest, gain)
 
     def begin(self) -> None:
         """Compile; blocks stay as they are where that fails."""
@@ -197,16 +203,26 @@ class Compiling(nn.Module):
         log.log(level, "%s", text)
 
 
+def losses(job: Job) -> Iterator[Tensor]:
+    """Of one pass after another, in the run's order."""
+    sampler = job.sampler()
+    batches = job.batches(sampler)
+    for step in range(job.steps(sampler)):
+        for batch in batches(step):
+            if batch.targets:
+                yield job.objective.loss(job.model, batch)[0] / batch.targets
+
+
 def rehearse(job: Job) -> None:
     """Compile by the run's first batches, forward and backward; what trains gets no gradient of it.
 
     The same batches whenever a run begins or is resumed, because the lengths of the first one are in the programs.
     Refusal where every batch would be compiled anew.
     """
-    losses, parameters = job.given().losses(), list(job.trainable().values())
+    found, parameters = losses(job), list(job.trainable().values())
     for _ in range(BATCHES):
         before = programs()
-        if (loss := next(losses, None)) is None:
+        if (loss := next(found, None)) is None:
             break
         torch.autograd.grad(loss, parameters, allow_unused=True)
         if (new := programs() - before) == 0:

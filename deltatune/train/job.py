@@ -39,7 +39,7 @@ from ..methods.tokens import NewTokens
 from ..objectives import build as build_objective
 from ..objectives.common import kind_of
 from ..zoo import dtype as best_dtype
-from . import passes, recompute, worth
+from . import memory, passes, recompute, worth
 from .lengths import fitting, longest, unread
 from .opening import DTYPES, open_model, tokenizer_of
 from .opening import dtype as asked_dtype
@@ -107,6 +107,11 @@ class Job:
             where = f"{self.objective.name} on {type(self.model).__name__}"
             raise ValueError(f"data.packing: on does not work for {where} ({why}); leave it auto")
         return not why
+
+    @cached_property
+    def reads(self) -> memory.Passes:
+        """How the model reads a row."""
+        return memory.Passes.of(self)
 
     def batching(self) -> Batching:
         t, packs = self.config.train, self.packs
@@ -234,11 +239,11 @@ class Job:
         )
 
     def given(self) -> Given:
-        """The loss of one pass after another, in training order, for methods that must see rows first."""
+        """The loss of one micro-batch after another, in training order, for methods that must see rows first."""
         sampler = self.sampler()
 
         def losses() -> Iterator[Tensor]:
-            batches = self.batches(sampler)
+            batches = replace(self, pass_tokens=None).batches(sampler)
             for step in range(self.steps(sampler)):
                 for batch in batches(step):
                     if batch.targets:

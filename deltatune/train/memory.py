@@ -74,8 +74,9 @@ def stepping(job: Job, tuned: int, half: int) -> dict[str, int]:
     """Bytes of gradients and optimizer where `tuned` numbers train, `half` of them in half precision."""
     t = job.config.train
     moments = tuned * MOMENTS.get(t.optimizer, 8)
-    if t.rounding == "masters":
-        return {"gradients": tuned * 4, "optimizer": moments + half * 4}
+    if t.rounding == "masters":  # a newest gradient in half precision lies beside the sum
+        several = t.accumulate > 1 or job.pass_tokens is not None
+        return {"gradients": tuned * 4 + half * 2 * several, "optimizer": moments + half * 4}
     # without masters a gradient stays in bf16; a sum over micro-batches lies beside the newest one
     saved = min(half, tuned) * 2 if t.accumulate == 1 and job.pass_tokens is None else 0
     return {"gradients": tuned * 4 - saved, "optimizer": moments}

@@ -28,26 +28,29 @@ def chosen(job: Job) -> int | None:
         return None
     if wanted != "auto":
         return int(wanted)
-    if job.config.train.rounding == "stochastic":  # a sum of several gradients would be held in fp32
+    if job.config.train.rounding == "stochastic":  # a sum would be rounded by chance once more with every pass
         return None
     most = memory.batch_tokens(job)
     if job.device.type == "cpu":
-        return ON_CPU if most > ON_CPU else None
+        return ON_CPU if most > ON_CPU or job.config.data.streaming else None
     return fitting(job, most)
 
 
 def fitting(job: Job, most: int) -> int | None:
     """A half, a quarter, ... of a micro-batch of `most` tokens, until it fits the free memory."""
-    now = most
+    now, longest = most, memory.at_once(replace(job, pass_tokens=1))
     while now >= 2 * LEAST and memory.estimate(replace(job, pass_tokens=now, recompute=0))["total"] > memory.room(job):
+        if now <= longest:  # a row is never parted
+            break
         now //= 2
     return now if now < most else None
 
 
 def parts(job: Job, rows: Sequence[Encoded]) -> list[list[int]]:
     """Of a micro-batch, the places of the rows of each pass."""
-    reads = memory.Passes.of(job)
-    lengths = [job.prompts * reads.tokens(row) for row in rows]
+    if job.pass_tokens is None:
+        return [list(range(len(rows)))]
+    lengths = [job.prompts * job.reads.tokens(row) for row in rows]
     return cut(lengths, job.pass_tokens, packing=job.batching().packing)
 
 

@@ -122,7 +122,7 @@ class Work:
 
     def whole(self, inner: Sequence[tuple[Place, Any]], part: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         """A compiled part's products: those as wide as its input read it, the others what is made of it."""
-        if not (self.running and part.training and compiles(part)):
+        if not (self.running and part.training and compiles(part) and args and isinstance(y, Tensor)):
             return
         self.x = y.detach().new_empty(0) if self.x is None else self.x
         for place, layer in inner:

@@ -17,6 +17,7 @@ from torch import nn
 from ..core.recompute import held
 from ..core.site import blocks
 from ..fetch import cache
+from . import memory
 
 if TYPE_CHECKING:
     from .job import Job
@@ -60,7 +61,8 @@ def pinned(job: Job) -> str:
     """`train.compile` as far as it is known before step 1."""
     t = job.config.train
     longest = t.steps or math.ceil(t.epochs or 1.0) * len(job.rows)
-    return "off" if t.compile == "auto" and (t.deterministic or longest <= SEEN + 1) else t.compile
+    settled = t.deterministic or longest <= SEEN + 1 or t.neftune or not blocks(job.model)
+    return "off" if t.compile == "auto" and settled else t.compile
 
 
 # ---- what was measured, between runs ---------------------------------------------------------------------------------
@@ -73,7 +75,15 @@ def key_of(job: Job) -> str:
         "versions": [torch.__version__, transformers.__version__],
         "block": [type(block).__name__, len(blocks(job.model)), *shapes],
         "method": [dict(part) for part in job.config.method],
-        "batch": [t.batch_tokens, t.batch_rows, t.accumulate, job.batching().packing, job.pass_tokens, job.recompute],
+        "batch": [
+            t.batch_tokens,
+            t.batch_rows,
+            t.accumulate,
+            job.batching().packing,
+            memory.at_once(job),
+            job.recompute,
+        ],
+        "run": [job.objective.name, len(held(job.model)), job.known is not None],
     }
     return json.dumps(found, default=str)
 
